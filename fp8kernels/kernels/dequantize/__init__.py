@@ -1,0 +1,1 @@
+"""dequantize: codes and their scales back to numbers."""
