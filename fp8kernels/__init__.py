@@ -1,1 +1,65 @@
-"""fp8kernels: PyTorch models that train and serve on 8-bit floats (HiF8, E4M3, E5M2), on a GPU or a plain CPU."""
+"""fp8kernels: PyTorch models that train and serve on 8-bit floats (HiF8, E4M3, E5M2), on a GPU or a plain CPU.
+
+import fp8kernels
+
+fp8kernels.convert(model, "hif8-qat")     # in place; the training loop stays as it is
+loss.backward(); optimizer.step()
+fp8kernels.summary(model)
+fp8kernels.export(model, "out/")
+
+q = fp8kernels.quantize(x, "hif8", block="row")
+y = fp8kernels.gemm(q, w, out_dtype=torch.bfloat16)
+"""
+
+import importlib.metadata
+
+import torch  # noqa: F401  first: the compiled module shares its OpenMP runtime
+
+from . import nn
+from .convert import convert, plan, revert
+from .formats import E4M3, E5M2, FORMATS, HIF8, Format, get_format
+from .nn.step import commit
+from .ops import copy, dequantize, explain, fake_quantize, gemm, quantize, quantize_with_stats
+from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
+from .scaling import BLOCKS, Block, QTensor, get_block, without_state
+from .telemetry import SaturationError, SaturationWarning, report, summary
+
+try:
+    __version__ = importlib.metadata.version("fp8kernels")
+except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BLOCKS",
+    "E4M3",
+    "E5M2",
+    "FORMATS",
+    "HIF8",
+    "RECIPES",
+    "Alarm",
+    "Block",
+    "Format",
+    "QTensor",
+    "Recipe",
+    "Role",
+    "SaturationError",
+    "SaturationWarning",
+    "commit",
+    "convert",
+    "copy",
+    "dequantize",
+    "explain",
+    "fake_quantize",
+    "gemm",
+    "get_block",
+    "get_format",
+    "get_recipe",
+    "nn",
+    "plan",
+    "quantize",
+    "quantize_with_stats",
+    "report",
+    "revert",
+    "summary",
+    "without_state",
+]

@@ -26,8 +26,8 @@ class Block:
         for extent, size in ((rows, self.rows), (cols, self.cols)):
             if size is not None and extent % size:
                 raise ValueError(
-                    f"block {self.name!r} does not divide a tensor seen as [{rows}, {cols}]: {extent} is not a multiple "
-                    f"of {size}; pad the tensor, or take block='row' or block='tensor'"
+                    f"block {self.name!r} does not divide a tensor seen as [{rows}, {cols}]: {extent} is not a "
+                    f"multiple of {size}; pad the tensor, or take block='row' or block='tensor'"
                 )
         return 1 if self.rows is None else rows // self.rows, 1 if self.cols is None else cols // self.cols
 

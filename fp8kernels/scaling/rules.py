@@ -65,4 +65,6 @@ def get_algorithm(algorithm: str | Algorithm) -> Algorithm:
         return algorithm
     if algorithm in ALGORITHMS:
         return ALGORITHMS[algorithm]
-    raise ValueError(f"unknown amax algorithm {algorithm!r}: known are {', '.join(map(repr, ALGORITHMS))}, or a function")
+    raise ValueError(
+        f"unknown amax algorithm {algorithm!r}: known are {', '.join(map(repr, ALGORITHMS))}, or a function"
+    )

@@ -42,7 +42,9 @@ def quantize(
     is_zero = (codes & 0x7F == 0) & (codes != fmt.nan_code)
     saturated = (y.abs() >= fmt.overflow_at) & ~x.isnan()
     flushed = is_zero & (x != 0) & x.isfinite()
-    counts = torch.stack([torch.tensor(x.numel(), device=x.device), saturated.sum(), flushed.sum(), (~x.isfinite()).sum()])
+    counts = torch.stack(
+        [torch.tensor(x.numel(), device=x.device), saturated.sum(), flushed.sum(), (~x.isfinite()).sum()]
+    )
     if observer is not None:
         worst = bits.amax().view(torch.float32)
         observer.pending.copy_(torch.where(worst.isfinite(), observer.pending.maximum(worst), observer.pending))

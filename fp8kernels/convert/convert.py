@@ -1,0 +1,150 @@
+"""convert and revert: change the class of layers in place, so that every reference to them stays good."""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import Any, TypeVar
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from ..console import console
+from ..nn.state import Family, ScaledLayer, copies
+from ..nn.step import layers, unwatch, watch
+from ..recipe import Recipe, get_recipe
+from ..scaling.delayed import PREFIX, is_state
+from .plan import CONVERTED, REPLACEMENTS, Decision, Filter, plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ORIGINAL = "_fp8_original"  # the class a converted layer had
+
+
+def convert(
+    model: Model, recipe: Recipe | str = "hif8-qat", *, filter: Filter | None = None, verbose: bool = True
+) -> Model:
+    """Make the linear layers, patch embeddings and attention projections of a model 8-bit, in place.
+
+    model    any torch.nn.Module; parameters, hooks and references to its layers stay as they are
+    recipe   a name ("hif8-qat", "e4m3-delayed", "e4m3-row", "e4m3-block128") or a Recipe
+    filter   (module, name) -> bool; False leaves a layer as it is
+    verbose  print what was converted, and why the rest was not
+    returns  the model
+    raises   ValueError if nothing can be converted (with the reasons) or the recipe is unknown; TypeError if this is no
+             module. A model that is converted already is left as it is, and the table says so
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, this is {type(model).__name__}")
+    recipe = get_recipe(recipe)
+    decisions = plan(model, recipe, filter)
+    todo = [d for d in decisions if d.recipe is not None]
+    if not todo and not any(d.reason == CONVERTED for d in decisions):
+        reasons = "\n".join(f"  {d.name or '(the model)'}: {d.reason}" for d in decisions[:20])
+        raise ValueError(
+            f"convert: nothing in {type(model).__name__} can be converted with {recipe.name!r}:\n"
+            + (reasons or "  it has no Linear, Conv or MultiheadAttention layers")
+        )
+    family = Family()
+    for decision in todo:
+        _replace(decision, family)
+    _avoid_fused_encoder(model)
+    if todo and not hasattr(model, "_fp8_load_check"):
+        model._fp8_load_check = model.register_load_state_dict_pre_hook(_check_state)  # type: ignore[assignment]
+    watch(model)
+    if verbose:
+        console().print(table(decisions, recipe))
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Give the plain model back, in place: classes as before, no scaling state, the same parameters.
+
+    raises   ValueError if the model has no 8-bit layers
+    """
+    found = layers(model)
+    if not found:
+        raise ValueError("revert: the model has no 8-bit layers")
+    for layer in found:
+        layer.detach_state()
+        copies.discard(layer)
+        layer.__class__ = layer.__dict__.pop(ORIGINAL, _plain(type(layer)))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and "_fp8_activation" in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop("_fp8_activation")
+    handle: Any = model.__dict__.pop("_fp8_load_check", None)
+    if handle is not None:
+        handle.remove()
+    unwatch(model)
+    return model
+
+
+def table(decisions: list[Decision], recipe: Recipe) -> Table:
+    """The decisions as a rich table: layers that differ only in a number stand in one row."""
+    done = sum(d.recipe is not None for d in decisions)
+    out = Table(title=f"{recipe.name}: {done} of {len(decisions)} layers converted", title_justify="left")
+    for column in ("layer", "count", "type", "input", "weight", "gradient"):
+        out.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+    rows: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for d in decisions:
+        pattern = re.sub(r"\d+", "*", d.name) or "(the model)"
+        kind = d.module.__dict__.get(ORIGINAL, type(d.module)).__name__
+        if d.recipe is None:
+            rows[pattern, kind, f"stays: {d.reason}", "", ""] += 1
+        else:
+            rows[(pattern, kind, *map(_describe, d.recipe.roles()))] += 1
+    for (pattern, kind, first, second, third), count in rows.items():
+        out.add_row(pattern, str(count), kind, first, second, third, style=None if second else "dim")
+    return out
+
+
+def _describe(role: Any) -> str:
+    return "high precision" if role is None else f"{role.fmt} {role.scaling} {role.block}"
+
+
+def _replace(decision: Decision, family: Family) -> None:
+    module, recipe = decision.module, decision.recipe
+    assert recipe is not None
+    module.__dict__[ORIGINAL] = type(module)
+    module.__class__ = decision.replacement
+    assert isinstance(module, ScaledLayer)
+    module.attach(recipe, decision.name, family)
+
+
+def _plain(scaled: type) -> type[nn.Module]:
+    """The torch class behind one of ours, for layers that were made as 8-bit layers from the start."""
+    return next(plain for plain, ours in REPLACEMENTS.items() if ours is scaled)
+
+
+def _avoid_fused_encoder(model: nn.Module) -> None:
+    """torch's fused encoder layer computes from the weights, past the layers; without this flag it is not taken."""
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer) or "_fp8_activation" in module.__dict__:
+            continue
+        if any(isinstance(child, ScaledLayer) for child in module.modules()):
+            module.__dict__["_fp8_activation"] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+
+
+def _check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a foreign or damaged checkpoint before any weight is touched.
+
+    raises   ValueError naming what does not fit
+    """
+    own = model.state_dict(keep_vars=True)
+    wrong = []
+    for key, value in own.items():
+        given = state_dict.get(prefix + key)
+        if given is None or not isinstance(given, torch.Tensor):
+            continue
+        if given.shape != value.shape:
+            hint = "; it was saved with another window" if key.endswith(f"{PREFIX}history") else ""
+            wrong.append(f"{key}: shape {tuple(given.shape)}, the model has {tuple(value.shape)}{hint}")
+        elif is_state(key) and given.is_floating_point() and not bool((given.isfinite() & (given >= 0)).all()):
+            wrong.append(f"{key}: holds a negative or non-finite number")
+    if wrong:
+        more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            "the checkpoint does not fit this converted model; nothing was loaded:\n  " + "\n  ".join(wrong[:10]) + more
+        )

@@ -1,0 +1,189 @@
+"""The verb quantize: a tensor to codes and scales."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, get_format
+from ..kernels.quantize import Observer, Quantized, Rounding
+from ..scaling.block import Block, get_block
+from ..scaling.qtensor import QTensor
+from . import check
+from .library import register
+from .table import choose
+
+OVERFLOWS = ("saturate", "native")
+
+
+class Stats(NamedTuple):
+    """What quantize saw.
+
+    amax    fp32, the largest |x| of each block, on the grid of the scales; NaN or Inf where the block holds one
+    counts  int64 [4]: elements, saturated, flushed to zero, not finite
+    """
+
+    amax: Tensor
+    counts: Tensor
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    block: Block | str = "tensor",
+    scale: Tensor | float | None = None,
+    target: float | None = None,
+    margin: int = 0,
+    power_of_two: bool = False,
+    overflow: str = "saturate",
+    transpose: bool = False,
+) -> QTensor:
+    """Round a tensor to 8-bit codes and the scales that decode them.
+
+    x             [..., K] fp32, bf16 or fp16, any strides, also empty; seen as [M, K] with leading dimensions flattened
+    fmt           "hif8", "e4m3", "e5m2" or a Format
+    block         which elements share a scale: "tensor", "row", "1x128", "128x128"
+    scale         given scales, fp32 [M / rows, K / cols] or a number; None takes amax / target of each block
+    target        where amax lands without given scales; the format's own by default (HiF8 15, E4M3 448, E5M2 57344)
+    margin        binades of head-room above amax
+    power_of_two  round scales made here up to a power of two
+    overflow      "saturate": ±Inf and overflow become ±max. "native": Inf, or NaN where the format has no Inf
+    transpose     keep the transposed codes too (the QTensor's `t()` is then contiguous)
+    returns       QTensor; codes uint8 of x's shape
+    error         E4M3: |x - decoded| <= max(2**-4 * |x|, 2**-10 * scale) below overflow; HiF8: docs/NUMERICS.md
+    raises        TypeError for other dtypes; ValueError if the block does not divide x, a name is unknown, a scale has
+                  the wrong shape or is not positive and finite
+    source        OCP OFP8 rev 1.0 (E4M3, E5M2); arXiv 2409.16626 (HiF8)
+    """
+    return quantize_with_stats(
+        x,
+        fmt,
+        block=block,
+        scale=scale,
+        target=target,
+        margin=margin,
+        power_of_two=power_of_two,
+        overflow=overflow,
+        transpose=transpose,
+    )[0]
+
+
+def quantize_with_stats(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    block: Block | str = "tensor",
+    scale: Tensor | float | None = None,
+    target: float | None = None,
+    margin: int = 0,
+    power_of_two: bool = False,
+    overflow: str = "saturate",
+    transpose: bool = False,
+) -> tuple[QTensor, Stats]:
+    """`quantize`, and what it saw in the same pass: amax, and how many elements saturated or were flushed to zero."""
+    fmt, block = get_format(fmt), get_block(block)
+    check.float_tensor(x, "quantize")
+    check.one_of("quantize", "overflow", overflow, OVERFLOWS)
+    if target is not None and not target > 0:
+        raise ValueError(f"quantize: target is {target}, it must be positive")
+    grid = block.grid(*_matrix_shape(x))
+    given = torch.zeros(grid, device=x.device) if scale is None else _given(scale, grid, x)
+    codes, codes_t, scale_out, amax, counts = torch.ops.fp8kernels.quantize(
+        x.detach(),
+        given,
+        fmt.name,
+        block.name,
+        fmt.target if target is None else float(target),
+        margin,
+        power_of_two,
+        overflow == "saturate",
+        transpose,
+    )
+    return QTensor(codes, scale_out, fmt, block, codes_t if transpose else None), Stats(amax, counts)
+
+
+def _given(scale: Tensor | float, grid: tuple[int, int], x: Tensor) -> Tensor:
+    """The user's scales on the block's grid."""
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=None if isinstance(scale, Tensor) else x.device)
+    check.same_device("quantize", x=x, scale=scale)
+    if scale.numel() == 1 and grid == (1, 1):
+        scale = scale.reshape(1, 1)
+    if tuple(scale.shape) != grid:
+        raise ValueError(f"quantize: scale has shape {tuple(scale.shape)}, x of shape {tuple(x.shape)} needs {grid}")
+    if scale.device.type == "cpu" and not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError("quantize: a given scale is zero, negative or not finite; x ≈ code * scale needs scale > 0")
+    return scale
+
+
+def _matrix_shape(x: Tensor) -> tuple[int, int]:
+    if x.ndim == 0:
+        return 1, 1
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows, x.shape[-1]
+
+
+def _run(
+    x: Tensor,
+    scale: Tensor,
+    fmt: str,
+    block: str,
+    target: float,
+    margin: int,
+    power_of_two: bool,
+    saturate: bool,
+    transpose: bool,
+    observer: Observer | None = None,
+) -> Quantized:
+    matrix = x.reshape(_matrix_shape(x))  # [M, K]
+    if not x.numel():
+        codes = torch.empty(matrix.shape, dtype=torch.uint8, device=x.device)
+        counts = torch.zeros(4, dtype=torch.int64, device=x.device)
+        return Quantized(
+            codes, codes.t().contiguous(), torch.where(scale == 0, 1.0, scale), scale.new_zeros(scale.shape), counts
+        )
+    how = Rounding(get_format(fmt), get_block(block), target, margin, power_of_two, saturate)
+    kernel = choose("quantize", matrix, scale, how, transpose=transpose, observer=observer)
+    out: Quantized = kernel.run(matrix, scale, how, transpose=transpose, observer=observer)
+    return out
+
+
+def _quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _run(x, *args)
+    codes_t = out.codes.new_empty(0) if out.codes_t is None else out.codes_t
+    return out.codes.reshape(x.shape), codes_t, out.scale, out.amax, out.counts
+
+
+def _quantize_fake(x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, cols = _matrix_shape(x)
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    codes_t = codes.new_empty((cols, rows) if args[-1] else 0)
+    return codes, codes_t, torch.empty_like(scale), torch.empty_like(scale), x.new_empty(4, dtype=torch.int64)
+
+
+def _observed(x: Tensor, scale: Tensor, pending: Tensor, counters: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Under inference mode nothing is noted."""
+    observer = None if torch.is_inference_mode_enabled() else Observer(pending, counters)
+    out = _run(x, scale, *args, False, observer)
+    return out.codes.reshape(x.shape), out.scale
+
+
+def _observed_fake(x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), torch.empty_like(scale)
+
+
+_HOW = "str fmt, str block, float target, int margin, bool power_of_two, bool saturate"
+register(
+    f"quantize(Tensor x, Tensor scale, {_HOW}, bool transpose) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
+register(
+    f"quantize_observed(Tensor x, Tensor scale, Tensor(a!) pending, Tensor(b!) counters, {_HOW}) -> (Tensor, Tensor)",
+    _observed,
+    _observed_fake,
+)

@@ -1,0 +1,101 @@
+"""Which kernel runs: the first of a verb's list whose `why_not` is None."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..kernels.commit import cpu as commit_cpu
+from ..kernels.commit import reference as commit_reference
+from ..kernels.copy import cpu as copy_cpu
+from ..kernels.copy import cuda as copy_cuda
+from ..kernels.copy import reference as copy_reference
+from ..kernels.copy import triton_jit as copy_triton
+from ..kernels.dequantize import cpu as dequantize_cpu
+from ..kernels.dequantize import reference as dequantize_reference
+from ..kernels.gemm import cpu as gemm_cpu
+from ..kernels.gemm import reference as gemm_reference
+from ..kernels.quantize import cpu as quantize_cpu
+from ..kernels.quantize import reference as quantize_reference
+
+BACKEND_VARIABLE = "FP8KERNELS_BACKEND"  # forces one backend for every verb: that one or an error
+
+
+class Kernel(NamedTuple):
+    """One way to run a verb; `why_not` takes the same arguments and says, in words, why it cannot, or None."""
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+# order is preference
+TABLE: dict[str, tuple[Kernel, ...]] = {
+    "quantize": (
+        Kernel("cpu", quantize_cpu.why_not, quantize_cpu.quantize),
+        Kernel("reference", quantize_reference.why_not, quantize_reference.quantize),
+    ),
+    "dequantize": (
+        Kernel("cpu", dequantize_cpu.why_not, dequantize_cpu.dequantize),
+        Kernel("reference", dequantize_reference.why_not, dequantize_reference.dequantize),
+    ),
+    "gemm": (
+        Kernel("cpu", gemm_cpu.why_not, gemm_cpu.gemm),
+        Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
+    ),
+    "commit": (
+        Kernel("cpu", commit_cpu.why_not, commit_cpu.commit),
+        Kernel("reference", commit_reference.why_not, commit_reference.commit),
+    ),
+    "copy": (
+        Kernel("cuda", copy_cuda.why_not, copy_cuda.copy),
+        Kernel("triton", copy_triton.why_not, copy_triton.copy),
+        Kernel("cpu", copy_cpu.why_not, copy_cpu.copy),
+        Kernel("reference", copy_reference.why_not, copy_reference.copy),
+    ),
+}
+
+
+class Choice(NamedTuple):
+    """What `explain` says of one kernel: why it cannot run, or None."""
+
+    name: str
+    reason: str | None
+
+
+def choices(verb: str, *args: Any, **kwargs: Any) -> list[Choice]:
+    """Every kernel of the verb in order of preference, each with the reason it cannot run on these arguments."""
+    forced = os.environ.get(BACKEND_VARIABLE)
+    out = []
+    for kernel in kernels(verb):
+        reason = kernel.why_not(*args, **kwargs)
+        if reason is None and forced and kernel.name != forced:
+            reason = f"{BACKEND_VARIABLE}={forced} allows that backend only"
+        out.append(Choice(kernel.name, reason))
+    return out
+
+
+def choose(verb: str, *args: Any, **kwargs: Any) -> Kernel:
+    """The kernel that runs the verb on these arguments.
+
+    raises   RuntimeError with every kernel's reason, one a line, if none can
+    """
+    forced = os.environ.get(BACKEND_VARIABLE)
+    for kernel in kernels(verb):
+        if (not forced or kernel.name == forced) and kernel.why_not(*args, **kwargs) is None:
+            return kernel
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in choices(verb, *args, **kwargs))
+    if forced and forced not in {kernel.name for kernel in kernels(verb)}:
+        reasons += f"\n  {forced}: {verb} has no backend of that name"
+    raise RuntimeError(f"no kernel can run {verb} on these arguments:\n{reasons}")
+
+
+def kernels(verb: str) -> tuple[Kernel, ...]:
+    """The kernels of a verb.
+
+    raises   ValueError naming the known verbs
+    """
+    if verb not in TABLE:
+        raise ValueError(f"unknown verb {verb!r}: known are {', '.join(map(repr, TABLE))}")
+    return TABLE[verb]

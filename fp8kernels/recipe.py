@@ -1,0 +1,193 @@
+"""A recipe says which format and which scaling each tensor of a layer gets; a frozen value that reads as it prints."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .formats import get_format
+from .scaling.block import get_block
+from .scaling.rules import Algorithm, get_algorithm
+
+SCALINGS = ("delayed", "current", "static")
+POLICIES = ("warn", "raise", "ignore")
+
+
+@dataclass(frozen=True)
+class Role:
+    """How one tensor of a layer (input, weight or output gradient) becomes 8-bit.
+
+    fmt      "hif8", "e4m3" or "e5m2"
+    scaling  "delayed": from the amax of past steps. "current": from this tensor's amax. "static": frozen
+    block    which elements share a scale; delayed and static scaling keep one scale per tensor
+    target   where amax lands in the format; None is the format's own (HiF8 15, gradients 224; E4M3 448; E5M2 57344)
+    """
+
+    fmt: str
+    scaling: str = "delayed"
+    block: str = "tensor"
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        get_format(self.fmt)
+        get_block(self.block)
+        if self.scaling not in SCALINGS:
+            raise ValueError(_unknown("scaling", self.scaling, SCALINGS))
+        if self.scaling != "current" and self.block != "tensor":
+            raise ValueError(
+                f"scaling={self.scaling!r} keeps one scale per tensor, block={self.block!r} needs scaling='current'"
+            )
+        if self.target is not None and not 0 < self.target <= get_format(self.fmt).max:
+            raise ValueError(
+                f"target={self.target} is outside (0, {get_format(self.fmt).max:g}], the range of {self.fmt}"
+            )
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """When a layer that saturates is reported.
+
+    policy    "warn", "raise" or "ignore"
+    fraction  of a tensor's elements that saturate within one step
+    steps     optimizer steps in a row
+    """
+
+    policy: str = "warn"
+    fraction: float = 1e-3
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(_unknown("alarm policy", self.policy, POLICIES))
+        if self.steps < 1 or self.fraction < 0:
+            raise ValueError(f"Alarm(fraction={self.fraction}, steps={self.steps}): fraction >= 0 and steps >= 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which format and scaling the input, the weight and the output gradient of a layer get.
+
+    grad          None keeps gradients in the precision of the output (BF16 under autocast)
+    algorithm     history to amax: "max", "moving_average", "most_recent", or a function [T, window] -> [T]
+    window        optimizer steps that a history holds
+    margin        binades of head-room above amax
+    power_of_two  scales are rounded up to powers of two
+    warmup_steps  optimizer steps in which histories fill while the layer computes in high precision
+    overrides     (name pattern, Recipe or None) pairs, the first match wins; None leaves the layer as it is. A pattern
+                  is a glob on the full layer name, or a regular expression behind "re:"
+    alarm         when a saturating layer is reported
+    """
+
+    name: str
+    input: Role
+    weight: Role
+    grad: Role | None = None
+    algorithm: str | Algorithm = "max"
+    window: int = 64
+    margin: int = 0
+    power_of_two: bool = False
+    warmup_steps: int = 0
+    overrides: tuple[tuple[str, Recipe | None], ...] = ()
+    alarm: Alarm = field(default_factory=Alarm)
+
+    def __post_init__(self) -> None:
+        get_algorithm(self.algorithm)
+        if self.window < 1 or self.warmup_steps < 0:
+            raise ValueError(f"window={self.window} must be >= 1 and warmup_steps={self.warmup_steps} >= 0")
+        for pattern, _ in self.overrides:
+            if pattern.startswith("re:"):
+                re.compile(pattern[3:])
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The same recipe with some fields changed.
+
+        raises   TypeError naming the near match of an unknown field
+        """
+        names = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(_unknown("recipe field", name, names))
+        return replace(self, **changes)
+
+    def with_override(self, pattern: str, recipe: Recipe | None) -> Recipe:
+        """The same recipe, but layers whose name matches get another one, or None: stay as they are."""
+        return replace(self, overrides=((pattern, recipe), *self.overrides))
+
+    def with_format(self, **formats: str | None) -> Recipe:
+        """The same recipe with the formats of roles changed: with_format(grad="e5m2")."""
+        changes: dict[str, Role | None] = {}
+        for role, fmt in formats.items():
+            if role not in ("input", "weight", "grad"):
+                raise TypeError(_unknown("role", role, ("input", "weight", "grad")))
+            if fmt is None or fmt == "bf16":
+                changes[role] = None
+            else:
+                now = getattr(self, role)
+                scaling = (now or self.weight).scaling if role == "grad" else now.scaling
+                changes[role] = Role(fmt, scaling) if role == "grad" else replace(now, fmt=fmt, target=None)
+        return self.replace(**changes)
+
+    def frozen(self) -> Recipe:
+        """The same recipe with delayed scales held where they are: for serving what was trained."""
+
+        def hold(role: Role | None) -> Role | None:
+            return replace(role, scaling="static") if role is not None and role.scaling == "delayed" else role
+
+        return self.replace(input=hold(self.input), weight=hold(self.weight), grad=hold(self.grad))
+
+    def for_layer(self, name: str) -> tuple[Recipe | None, str | None]:
+        """The recipe of a layer, and the override pattern that decided it (None if none did)."""
+        for pattern, recipe in self.overrides:
+            if matches(pattern, name):
+                return (None if recipe is None else recipe.replace(overrides=())), pattern
+        return self.replace(overrides=()), None
+
+    def roles(self) -> tuple[Role | None, Role | None, Role | None]:
+        """Input, weight and gradient, in the order of the state's rows."""
+        return self.input, self.weight, self.grad
+
+    def target(self, index: int) -> float:
+        """Where the amax of a role lands, margin included; the format's default where the recipe gives none."""
+        role = self.roles()[index] or self.input
+        fmt = get_format(role.fmt)
+        default = fmt.grad_target if index == 2 else fmt.target
+        return float((default if role.target is None else role.target) * 2.0**-self.margin)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer name matches a glob, or a regular expression behind "re:"."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _unknown(what: str, name: object, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {what} {name!r}: known are {', '.join(repr(k) for k in known)}{hint}"
+
+
+HEADS = (("*lm_head", None), ("lm_head", None))  # output heads cost accuracy out of proportion; every peer keeps them
+
+HIF8_QAT = Recipe("hif8-qat", Role("hif8"), Role("hif8"), overrides=HEADS)
+E4M3_DELAYED = Recipe("e4m3-delayed", Role("e4m3"), Role("e4m3"), overrides=HEADS)
+E4M3_ROW = Recipe("e4m3-row", Role("e4m3", "current", "row"), Role("e4m3", "current", "row"), overrides=HEADS)
+E4M3_BLOCK128 = Recipe(
+    "e4m3-block128", Role("e4m3", "current", "1x128"), Role("e4m3", "current", "128x128"), overrides=HEADS
+)
+RECIPES = {recipe.name: recipe for recipe in (HIF8_QAT, E4M3_DELAYED, E4M3_ROW, E4M3_BLOCK128)}
+
+
+def get_recipe(recipe: Recipe | str) -> Recipe:
+    """The recipe of that name; a Recipe is returned as it is.
+
+    raises   ValueError naming the near matches
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(_unknown("recipe", recipe, RECIPES))
+    return RECIPES[recipe]
