@@ -1,0 +1,1 @@
+"""Reference models as plain float modules; they know nothing of 8 bits."""

@@ -1,0 +1,1 @@
+"""Loops that train whole models: the text, the batches, the step, and the demo."""
