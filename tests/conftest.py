@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import skips
+import torch
 
 THREADS = 2  # of torch and of our kernels: what a small machine has, so that timings and orders are the same everywhere
 unexpected: list[str] = []

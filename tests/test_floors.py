@@ -20,7 +20,7 @@ SOURCES = sorted(
 )
 
 FLOORS = (
-    {"formats"},
+    {"formats", "console"},
     {"scaling"},
     {"kernels"},
     {"ops"},
@@ -29,10 +29,9 @@ FLOORS = (
     {"integrations"},
     {"models"},
     {"training", "serving"},
-    {"cli", "info"},
-    {"", "__main__"},  # fp8kernels/__init__.py is the face: it may see all, and nothing below it imports it
+    {"cli", "info", "__main__", ""},  # "" is fp8kernels/__init__.py, the face: it may see all below
 )
-ONE_UNIT = ({"nn", "recipe"}, {"cli", "info"}, {"", "__main__"})  # neighbours that may see each other
+ONE_UNIT = ({"nn", "recipe"}, {"cli", "info", "__main__", ""})  # neighbours that may see each other
 OPTIONAL = {"transformers", "tokenizers", "matplotlib", "peft", "accelerate", "trl", "vllm", "sglang", "triton"}
 OPTIONAL_AT_HOME = {"integrations", "training", "serving"}
 LARGEST = (448, 57344, 32768)  # of E4M3, E5M2 and HiF8
