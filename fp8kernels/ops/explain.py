@@ -41,7 +41,7 @@ class Explanation(list[Choice]):
 def explain(verb: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel runs `verb` on these arguments, and why the others do not.
 
-    verb     "quantize", "dequantize", "gemm" or "copy", with the arguments of the function of that name
+    verb     "quantize", "dequantize", "gemm", "copy" or "commit", with the arguments of the function of that name
     returns  a list of (name, reason) that prints itself; reason is None where the kernel can run
     raises   ValueError for an unknown verb
     """

@@ -25,9 +25,10 @@ class SaturationError(RuntimeError):
 
 @dataclass
 class _Watch:
-    """What the alarm remembers of a layer between commits."""
+    """What the alarm remembers of a layer between commits: its counters, and the scales that were in use."""
 
     counters: Tensor
+    scale: Tensor
     in_a_row: list[int] = field(default_factory=lambda: [0] * len(ROLES))
     told: list[bool] = field(default_factory=lambda: [False] * len(ROLES))
 
@@ -51,7 +52,8 @@ def check_saturation(found: list[ScaledLayer]) -> None:
     messages, fatal = [], False
     for layer, now, step in zip(found, counters, steps, strict=True):
         memory, alarm = _memory(layer), layer.fp8_recipe.alarm
-        memory.counters = now
+        memory.counters, used = now, memory.scale
+        memory.scale = layer.fp8_scale.clone()
         for index, (elements, saturated, _, _) in enumerate(step):
             if not elements:
                 continue  # not seen in this step
@@ -61,7 +63,7 @@ def check_saturation(found: list[ScaledLayer]) -> None:
                 memory.told[index] = False
             if memory.in_a_row[index] >= alarm.steps and not memory.told[index] and alarm.policy != "ignore":
                 memory.told[index] = True
-                messages.append(_message(layer, index, saturated / elements, memory.in_a_row[index]))
+                messages.append(_message(layer, index, used[index], saturated / elements, memory.in_a_row[index]))
                 fatal |= alarm.policy == "raise"
     if messages and fatal:
         raise SaturationError("\n".join(messages))
@@ -72,14 +74,14 @@ def check_saturation(found: list[ScaledLayer]) -> None:
 def _memory(layer: ScaledLayer) -> _Watch:
     memory = _watched.get(layer)
     if memory is None or memory.counters.shape[1] != COUNTERS:
-        memory = _watched[layer] = _Watch(torch.zeros_like(layer.fp8_counters))
+        memory = _watched[layer] = _Watch(torch.zeros_like(layer.fp8_counters), layer.fp8_scale.clone())
     return memory
 
 
-def _message(layer: ScaledLayer, index: int, fraction: float, steps: int) -> str:
+def _message(layer: ScaledLayer, index: int, used: Tensor, fraction: float, steps: int) -> str:
     role = layer.fp8_recipe.roles()[index]
     fmt = get_format(role.fmt if role is not None else layer.fp8_recipe.input.fmt)
-    amax, scale = float(layer.fp8_history[index, 0]), float(layer.fp8_scale[index])
+    amax, scale = float(layer.fp8_history[index, 0]), float(used)
     return (
         f"{layer.fp8_name or type(layer).__name__}: {ROLES[index]} saturates for {steps} steps in a row: "
         f"{fraction:.3%} of its elements exceed {fmt.name}'s largest value; newest amax {amax:.4g} against scale "
