@@ -15,8 +15,9 @@ import importlib.metadata
 
 import torch  # noqa: F401  first: the compiled module shares its OpenMP runtime
 
-from . import nn
+from . import nn, serving
 from .convert import convert, plan, revert
+from .export import export
 from .formats import E4M3, E5M2, FORMATS, HIF8, Format, get_format
 from .nn.step import commit
 from .ops import copy, dequantize, explain, fake_quantize, gemm, quantize, quantize_with_stats
@@ -49,6 +50,7 @@ __all__ = [
     "copy",
     "dequantize",
     "explain",
+    "export",
     "fake_quantize",
     "gemm",
     "get_block",
@@ -60,6 +62,7 @@ __all__ = [
     "quantize_with_stats",
     "report",
     "revert",
+    "serving",
     "summary",
     "without_state",
 ]

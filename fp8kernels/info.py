@@ -20,7 +20,7 @@ from .ops.explain import explain
 from .ops.table import BACKEND_VARIABLE, TABLE
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "safetensors", "transformer-engine", "torchao", "ml_dtypes")
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_bf16", "amx_tile")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16", "amx_tile")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def table(decisions: list[Decision], recipe: Recipe) -> Table:
         if d.recipe is None:
             rows[pattern, kind, f"stays: {d.reason}", "", ""] += 1
         else:
-            rows[(pattern, kind, *map(_describe, d.recipe.roles()))] += 1
+            first, second, third = map(_describe, d.recipe.roles())
+            rows[pattern, kind, first, second, third] += 1
     for (pattern, kind, first, second, third), count in rows.items():
         out.add_row(pattern, str(count), kind, first, second, third, style=None if second else "dim")
     return out

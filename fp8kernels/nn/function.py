@@ -39,7 +39,7 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     recipe = layer.fp8_recipe
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not needs_grad:
-        return _product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, output_dtype(x))
+        return product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, output_dtype(x))
     observer = (layer.fp8_pending, layer.fp8_counters) if layer.training else (None, None)
     out: Tensor = _Linear.apply(
         x, weight, bias, x_codes, x_scale, w_codes, w_scale, layer.fp8_scale, *observer, recipe, output_dtype(x)
@@ -47,7 +47,7 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     return out
 
 
-def _product(
+def product(
     x: Tensor,
     x_scale: Tensor,
     x_role: Role,
@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
         ctx.state = (scale, pending, counters)
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return _product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, dtype)
+        return product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -136,4 +136,4 @@ def _decode(codes: Tensor, scale: Tensor, role: Role, dtype: torch.dtype) -> Ten
 
 def _transposed_product(a: tuple[Tensor, Tensor, Role], b: tuple[Tensor, Tensor, Role], dtype: torch.dtype) -> Tensor:
     """a[P, Q] @ b[Q, R] with one scale each."""
-    return _product(a[0], a[1], a[2], b[0].t(), b[1], b[2], None, dtype)
+    return product(a[0], a[1], a[2], b[0].t(), b[1], b[2], None, dtype)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from ..formats import get_format
 from ..recipe import Role
 from ..scaling.block import get_block
-from .function import output_dtype
-from .state import quantize_role
+from .function import output_dtype, product
+from .state import keep_dtypes, quantize_role
 
 
 class InferenceLinear(nn.Module):
@@ -61,28 +58,14 @@ class InferenceLinear(nn.Module):
         codes, scale = quantize_role(
             x.detach(), self.input_role, self.input_target, self.power_of_two, self.input_scale, None
         )
-        dtype = output_dtype(x)
-        out = torch.ops.fp8kernels.gemm(
-            codes,
-            scale,
-            get_format(self.input_role.fmt).name,
-            self.weight_codes,
-            self.weight_scale,
-            get_format(self.weight_role.fmt).name,
-            self.bias,
-            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        )
-        return cast(Tensor, out).to(dtype)
+        w = (self.weight_codes, self.weight_scale, self.weight_role)
+        return product(codes, scale, self.input_role, *w, self.bias, output_dtype(x))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """`.to(dtype)` moves between devices; codes and scales keep their dtypes, as they are no activations."""
-        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None and name != "bias"}
-        before = dict(self._buffers)
+        before = {name: self._buffers[name] for name in ("weight_codes", "weight_scale", "input_scale")}
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != dtype:
-                self._buffers[name] = cast(Tensor, before[name]).to(after.device)
+        keep_dtypes(self, before)
         return self
 
     def extra_repr(self) -> str:

@@ -90,12 +90,9 @@ class ScaledLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`: the state moves between devices and keeps its dtypes."""
-        before = {key: value for key, value in self._buffers.items() if key.startswith(PREFIX) and value is not None}
+        before = {key: value for key, value in self._buffers.items() if key.startswith(PREFIX)}
         super()._apply(fn, recurse)
-        for key, value in before.items():
-            after = self._buffers[key]
-            if after is not None and after.dtype != value.dtype:
-                self._buffers[key] = value if after.device == value.device else value.to(after.device)
+        keep_dtypes(self, before)
         return self
 
     def _load_from_state_dict(
@@ -120,6 +117,14 @@ class ScaledLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fp8={self.fp8_recipe.name!r}"
+
+
+def keep_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """After `_apply`: the buffers keep the dtypes and values that they had before, on the device they are on now."""
+    for key, value in before.items():
+        after = module._buffers[key]
+        if value is not None and after is not None and after.dtype != value.dtype:
+            module._buffers[key] = value.to(after.device)
 
 
 def quantize_role(

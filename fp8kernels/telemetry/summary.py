@@ -43,8 +43,8 @@ class LayerReport:
 
 def sqnr_db(x: Tensor, y: Tensor) -> float:
     """20 log10(|x| / |x - y|): signal-to-quantization-noise ratio in decibels; inf where they are equal."""
-    noise = (x.double() - y.double()).norm()
-    signal = x.double().norm()
+    x, y = x.detach().double(), y.detach().double()
+    noise, signal = (x - y).norm(), x.norm()
     return math.inf if noise == 0 else float(20 * torch.log10(signal / noise)) if signal > 0 else -math.inf
 
 
