@@ -32,7 +32,7 @@ def versus_torch(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Case:
     return Case(
         "dequantize", "dequantize tensor to bf16", fmt, backend, text(shape), "torch copy_ e4m3 to bf16",
         lambda: run(*args), lambda: out.copy_(source), check, (f"dequantize/{backend}",),
-        moved=codes.numel() * 3, baseline_moved=codes.numel() * 3,
+        moved=codes.numel() * 3, baseline_moved=codes.numel() * 3, reuse=True,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from fp8kernels.formats import get_format
 from fp8kernels.kernels.quantize import Quantized, Rounding
 from fp8kernels.scaling import get_block, scale_from_amax
 
-from .case import BANDWIDTH, Case, Shape, Work, assert_same, kernel, reference, text
+from .case import BANDWIDTH, SPEED, Case, Shape, Work, assert_same, kernel, reference, text
 
 FULL, SMALL = (8192, 8192), (512, 1024)
 CHECKED_ROWS = 128  # of the matrix; the reference is slow, and every row goes the same way
@@ -21,7 +21,7 @@ def versus_copy(fmt: str, shape: Shape = FULL, backend: str = "cpu", block: str 
     """Against torch's bf16 copy_, by bytes moved: how near to memory speed."""
     x = data(shape)
     y = torch.empty_like(x)
-    return _case(fmt, x, backend, block, "torch copy_ bf16 to bf16", lambda: y.copy_(x), unit=BANDWIDTH)
+    return _case(fmt, x, backend, block, "torch copy_ bf16 to bf16", lambda: y.copy_(x), existing=True)
 
 
 def versus_eager(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Case:
@@ -36,7 +36,7 @@ def versus_eager(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Case:
         low, high = torch.aminmax(x)
         return torch.maximum(-low, high), (x / scale).clamp(-f.max, f.max).to(f.carrier)
 
-    return _case(fmt, x, backend, "tensor", "torch eager: aminmax, divide, clamp, cast", eager)
+    return _case(fmt, x, backend, "tensor", "torch eager: aminmax, divide, clamp, cast", eager, existing=False)
 
 
 def data(shape: Shape) -> Tensor:
@@ -52,7 +52,8 @@ def scale_of(x: Tensor, fmt: str, block: str) -> Tensor:
     return scale_from_amax(amax, f.target)
 
 
-def _case(fmt: str, x: Tensor, backend: str, block: str, against: str, baseline: Work, unit: str | None = None) -> Case:
+def _case(fmt: str, x: Tensor, backend: str, block: str, against: str, baseline: Work, *, existing: bool) -> Case:
+    """`existing`: the baseline copies into a tensor that is there."""
     how = Rounding(get_format(fmt), get_block(block), get_format(fmt).target)
     scale = scale_of(x, fmt, block)
     run: Callable[..., Quantized] = kernel("quantize", backend, x, scale, how)
@@ -71,7 +72,8 @@ def _case(fmt: str, x: Tensor, backend: str, block: str, against: str, baseline:
     return Case(
         "quantize", f"quantize {block} bf16", fmt, backend, text(tuple(x.shape)), against,
         lambda: run(x, scale, how), baseline, check, (f"quantize/{backend}",),
-        moved=x.numel() * 3, baseline_moved=x.numel() * 4, **({"unit": unit} if unit else {}),
+        moved=x.numel() * 3, baseline_moved=x.numel() * 4,
+        unit=BANDWIDTH if existing else SPEED, reuse=existing,
     )  # fmt: skip
 
 

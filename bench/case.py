@@ -28,6 +28,7 @@ class Case:
     baseline_moved  the same of the baseline
     flop            operations of a product
     kernels         "verb/backend" of every kernel that is timed
+    reuse           the baseline writes into a tensor that exists already, so our results reuse freed memory too
     """
 
     verb: str
@@ -44,6 +45,7 @@ class Case:
     moved: int = 0
     baseline_moved: int = 0
     flop: int = 0
+    reuse: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
     def figure(self, timing: Comparison) -> float:

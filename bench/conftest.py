@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import ledger
 from bench.case import Case, Shape
 from bench.goals import forced
-from bench.measure import MIN_ROUNDS, Comparison, keep_freed_memory, sample, summary, synchronize
+from bench.measure import MIN_ROUNDS, Comparison, reuse_freed_memory, sample, summary, synchronize
 from fp8kernels.formats import FORMATS
 
 THREADS = 2
@@ -29,7 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
-    keep_freed_memory()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -86,6 +85,7 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callabl
             case.ours()
             synchronize()
 
+        reuse_freed_memory(on=case.reuse)
         with forced(case.backend):
             case.check()
             baseline: list[float] = []

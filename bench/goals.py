@@ -25,7 +25,7 @@ from fp8kernels.ops.table import BACKEND_VARIABLE
 
 from . import device, ledger
 from .case import Case
-from .measure import SECONDS, compare, keep_freed_memory
+from .measure import SECONDS, compare, reuse_freed_memory
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,6 +107,7 @@ def forced(backend: str) -> Iterator[None]:
 def measure(goal: Goal, seconds: float = SECONDS) -> ledger.Row:
     """Check, time, and return the row."""
     case = goal.case()
+    reuse_freed_memory(on=case.reuse)
     with forced(case.backend):
         case.check()
         timing = compare(case.ours, case.baseline, seconds)
@@ -151,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if given.run:
         torch.set_num_threads(THREADS)
-        keep_freed_memory()
         for goal in filter(can_measure, chosen):
             row = measure(goal, given.seconds)
             if not given.dry:

@@ -45,6 +45,7 @@ def row(case: Case, timing: Comparison, goal: str | None = None) -> Row:
         "gb_per_s": bandwidth and round(bandwidth, 2),
         "percent_of_copy": bandwidth and round(100 * bandwidth / copy_bandwidth(), 1),
         "gflop_per_s": round(case.flop / seconds / 1e9, 1) if case.flop else None,
+        "memory": "reused" if case.reuse else "as allocated",
         "extra": case.extra,
         "kernels": hashes(case.kernels),
         "device": device.device(),

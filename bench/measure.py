@@ -84,19 +84,24 @@ def _repeats(work: Work) -> tuple[int, float]:
     return max(1, int(MIN_SAMPLE / once)), once
 
 
-def keep_freed_memory() -> bool:
-    """Make glibc reuse freed blocks instead of returning them, as torch's GPU allocator does.
+def reuse_freed_memory(*, on: bool) -> bool:
+    """Whether glibc keeps freed blocks for the next result (on), or does as it does by itself (off).
 
-    Otherwise every output beyond 32 MiB comes as fresh pages whose first touch costs more than the kernel. Both sides
-    of a comparison gain. Returns whether it took effect.
+    By itself it returns a result beyond 32 MiB to the system and takes fresh pages for the next one; touching those
+    first can cost more than the kernel. Returns whether the C library listened.
     """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's options, malloc.h
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1) and libc.mallopt(top_pad, 64 << 20))
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of mallopt's options, malloc.h
+    if on:
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+    done = libc.mallopt(mmap_max, 65536) and libc.mallopt(mmap_threshold, 32 << 20)
+    done = done and libc.mallopt(trim_threshold, 64 << 20)  # where glibc's own adjustment ends
+    libc.malloc_trim(0)
+    return bool(done)
 
 
 def copy_bandwidth(seconds: float = 1.0) -> float:
