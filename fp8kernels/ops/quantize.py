@@ -137,6 +137,7 @@ def _run(
     power_of_two: bool,
     saturate: bool,
     transpose: bool,
+    *,
     observer: Observer | None = None,
 ) -> Quantized:
     matrix = x.reshape(_matrix_shape(x))  # [M, K]
@@ -168,7 +169,7 @@ def _quantize_fake(x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, Tensor
 def _observed(x: Tensor, scale: Tensor, pending: Tensor, counters: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Under inference mode nothing is noted."""
     observer = None if torch.is_inference_mode_enabled() else Observer(pending, counters)
-    out = _run(x, scale, *args, False, observer)
+    out = _run(x, scale, *args, False, observer=observer)
     return out.codes.reshape(x.shape), out.scale
 
 
