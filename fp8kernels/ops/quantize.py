@@ -166,10 +166,21 @@ def _quantize_fake(x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, Tensor
     return codes, codes_t, torch.empty_like(scale), torch.empty_like(scale), x.new_empty(4, dtype=torch.int64)
 
 
-def _observed(x: Tensor, scale: Tensor, pending: Tensor, counters: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _observed(
+    x: Tensor,
+    scale: Tensor,
+    pending: Tensor,
+    counters: Tensor,
+    fmt: str,
+    block: str,
+    target: float,
+    margin: int,
+    power_of_two: bool,
+    saturate: bool,
+) -> tuple[Tensor, Tensor]:
     """Under inference mode nothing is noted."""
     observer = None if torch.is_inference_mode_enabled() else Observer(pending, counters)
-    out = _run(x, scale, *args, False, observer=observer)
+    out = _run(x, scale, fmt, block, target, margin, power_of_two, saturate, False, observer=observer)
     return out.codes.reshape(x.shape), out.scale
 
 
