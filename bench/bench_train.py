@@ -52,7 +52,7 @@ class Run:
         self.model = llama(size.llama)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if recipe is not None:
-            fp8kernels.convert(self.model, recipe)
+            fp8kernels.convert(self.model, recipe, verbose=False)
         self.layers = sum(isinstance(module, fp8kernels.nn.Linear) for module in self.model.modules())
         self.optimizer = adamw(self.model, size.learning_rate / 10)
         self.batches = list(batches(size))

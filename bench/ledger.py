@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ from .measure import Comparison, copy_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 HASH_LENGTH = 12
+INCLUDE = re.compile(r'^#include "(\w+)/', re.M)  # folders of csrc
 SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cuh", ".cu"), "triton": (), "reference": ()}
 PYTHON_FILE = {"reference": "reference.py", "cpu": "cpu.py", "cuda": "cuda.py", "triton": "triton_jit.py"}
 
@@ -92,15 +94,19 @@ def hashes(kernels: Iterable[str]) -> dict[str, str]:
 
 
 def sources(verb: str, backend: str) -> list[Path]:
-    """The Python of the kernel, the C++ or CUDA of its verb, and the formats."""
+    """The Python of the kernel, the formats, and the C++ or CUDA of its verb with the folders that it includes."""
     root = device.ROOT
     folder = root / "fp8kernels" / "kernels" / verb
     found = [folder / "__init__.py", folder / PYTHON_FILE[backend], *(root / "fp8kernels" / "formats").glob("*.py")]
     if SUFFIXES[backend]:
-        ending = "_cuda" if backend == "cuda" else ""
-        found.append(root / "python" / f"bind_{verb}{ending}.cpp")
-        for part in (verb, "formats", *(["cpu"] if backend == "cpu" else [])):
-            found += [path for path in (root / "csrc" / part).rglob("*") if path.suffix in SUFFIXES[backend]]
+        found.append(root / "python" / f"bind_{verb}{'_cuda' if backend == 'cuda' else ''}.cpp")
+        folders, todo = set[str](), [verb]
+        while todo:
+            folders.add(part := todo.pop())
+            files = [path for path in (root / "csrc" / part).rglob("*") if path.suffix in SUFFIXES[backend]]
+            included = {name for path in files for name in INCLUDE.findall(path.read_text(encoding="utf-8"))}
+            todo += sorted(included - folders - set(todo))
+            found += files
     return sorted(path for path in found if path.is_file())
 
 
