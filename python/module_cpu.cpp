@@ -20,17 +20,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("current_isa", [] { return fp8kernels::name(fp8kernels::current_isa()); });
     m.def("set_isa", &set_isa, py::arg("name"));
     if (const char* wanted = std::getenv("FP8KERNELS_ISA")) set_isa(wanted);
-    bind_copy(m);
-#if __has_include("bind_quantize.cpp")
-    bind_quantize(m);
-#endif
-#if __has_include("bind_dequantize.cpp")
-    bind_dequantize(m);
-#endif
-#if __has_include("bind_commit.cpp")
     bind_commit(m);
-#endif
-#if __has_include("bind_gemm.cpp")
+    bind_copy(m);
+    bind_dequantize(m);
     bind_gemm(m);
-#endif
+    bind_quantize(m);
 }

@@ -1,6 +1,6 @@
 // The order of work of quantize, the same for every instruction set; included by one file for each of them.
 //
-// A block that fits the cache is read for its amax (if it has no scale) and again, from the cache, to be encoded. A
+// Blocks that fit the cache are read for their amax (if they have no scale) and again, from the cache, to be encoded. A
 // larger block is cut into pieces; where a scale is missing, one pass over memory finds the amax and a second encodes.
 // A thread works on a contiguous range of blocks or pieces. Maxima and sums of integers do not depend on the order.
 //
@@ -8,11 +8,13 @@
 //   T                                                        the element as it lies in memory
 //   static uint32_t amax(const T* x, int64_t n)              the largest |x|, as bits of fp32
 //   static void encode(const T* x, uint8_t* codes, int64_t n, const BlockScale& scale, bool stream, Tally& tally)
+//   static void finish(bool stream)                          after the last encode() of a thread
 //   static float widen(T)
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "quantize/quantize.h"
 
@@ -21,6 +23,8 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 15;         // elements a large block is cut into
 constexpr int64_t kBlockInCache = 1 << 16;  // elements; as fp32 with its codes a quarter of a 1 MiB L2 cache
+constexpr int64_t kStrip = 1 << 17;         // elements of blocks that are worked on together
+constexpr int64_t kStripBlocks = 64;        // and how many blocks at most
 constexpr int64_t kStream = 16 << 20;       // codes in bytes; a larger result would not stay in the cache anyway
 
 // What the encoder of one block needs to know.
@@ -92,7 +96,9 @@ class Driver {
         }
     }
 
-    void add(const Tally& tally) const {
+    // The end of a thread's work.
+    void finish(const Tally& tally) const {
+        Kernel::finish(stream_);
         __atomic_fetch_add(&args_.counts[1], tally.saturated, __ATOMIC_RELAXED);
         __atomic_fetch_add(&args_.counts[2], tally.flushed, __ATOMIC_RELAXED);
         __atomic_fetch_add(&args_.counts[3], tally.nonfinite, __ATOMIC_RELAXED);
@@ -102,26 +108,54 @@ class Driver {
         return {index, index / grid_cols_ * block_rows_, index % grid_cols_ * block_cols_, block_rows_, block_cols_};
     }
 
-    void run_small() const {
-        const int64_t elements = block_rows_ * block_cols_;
-        const int64_t grain = elements < kPiece ? kPiece / elements : 1;
-        parallel_ranges(args_.threads, blocks_, grain, [&](int64_t begin, int64_t end) {
-            Tally tally;
-            Piece piece = block(begin);
-            for (int64_t b = begin; b < end; ++b) {
-                float scale = args_.scale_in[b];
-                if (scale == 0.0f) scale = own_scale(amax(piece), piece);
-                tally.amax = 0;
-                encode(piece, scale, tally);
-                args_.scale_out[b] = scale;
-                args_.amax[b] = float_from_bits(tally.amax);
-                piece.col += block_cols_;  // to the next block of the grid
-                if (piece.col == cols_) {
-                    piece.col = 0;
-                    piece.row += block_rows_;
+    // Blocks side by side, `count` of them from `b` on. Reading whole rows of the strip, rather than one block after the
+    // other, keeps the processor's prefetcher on the track.
+    void run_strip(int64_t b, int64_t count, Tally& tally) const {
+        const Piece strip = block(b);
+        const float* given = args_.scale_in + b;
+        float* scale = args_.scale_out + b;
+        uint32_t seen[kStripBlocks] = {};
+        bool missing = false;
+        for (int64_t i = 0; i < count; ++i) missing = missing || given[i] == 0.0f;
+        if (missing) {
+            for (int64_t r = strip.row; r < strip.row + block_rows_; ++r) {
+                const T* x = x_ + r * stride_ + strip.col;
+                for (int64_t i = 0; i < count; ++i, x += block_cols_) {
+                    const uint32_t bits = Kernel::amax(x, block_cols_);
+                    seen[i] = bits > seen[i] ? bits : seen[i];
                 }
             }
-            add(tally);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            scale[i] = given[i] == 0.0f ? own_scale(seen[i], block(b + i)) : given[i];
+            seen[i] = 0;
+        }
+        for (int64_t r = strip.row; r < strip.row + block_rows_; ++r) {
+            const T* x = x_ + r * stride_ + strip.col;
+            uint8_t* codes = args_.codes + r * cols_ + strip.col;
+            for (int64_t i = 0; i < count; ++i, x += block_cols_, codes += block_cols_) {
+                tally.amax = seen[i];
+                Kernel::encode(x, codes, block_cols_, {scale[i], args_.saturate}, stream_, tally);
+                seen[i] = tally.amax;
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) args_.amax[b + i] = float_from_bits(seen[i]);
+    }
+
+    void run_small() const {
+        const int64_t elements = block_rows_ * block_cols_;
+        int64_t wide = kStrip / elements;  // blocks in a strip
+        wide = wide < 1 ? 1 : wide > kStripBlocks ? kStripBlocks : wide;
+        wide = wide < grid_cols_ ? wide : grid_cols_;
+        const int64_t strips = (grid_cols_ + wide - 1) / wide;  // in one row of the grid
+        const int64_t grain = elements * wide < kPiece ? kPiece / (elements * wide) : 1;
+        parallel_ranges(args_.threads, blocks_ / grid_cols_ * strips, grain, [&](int64_t begin, int64_t end) {
+            Tally tally;
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t first = i % strips * wide;
+                run_strip(i / strips * grid_cols_ + first, grid_cols_ - first < wide ? grid_cols_ - first : wide, tally);
+            }
+            finish(tally);
         });
     }
 
@@ -164,7 +198,7 @@ class Driver {
                 encode(p, args_.scale_out[p.block], tally);
                 raise_shared(&args_.amax[p.block], tally.amax);
             }
-            add(tally);
+            finish(tally);
         });
     }
 
@@ -187,6 +221,7 @@ class Driver {
     void run() const {
         args_.counts[0] = args_.rows * args_.cols;
         args_.counts[1] = args_.counts[2] = args_.counts[3] = 0;
+        if (stream_) advise_huge_pages(args_.codes, static_cast<size_t>(args_.counts[0]));
         if (block_rows_ * block_cols_ <= kBlockInCache) {
             run_small();
         } else {

@@ -121,6 +121,8 @@ struct Kernel {
         return out;
     }
 
+    static void finish(bool) {}
+
     static uint32_t amax(const T* x, int64_t n) {
         __m256i most = _mm256_setzero_si256();
         for (int64_t i = 0; i < n; i += kLanes) {

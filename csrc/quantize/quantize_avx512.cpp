@@ -353,6 +353,9 @@ struct Kernel {
             }
             tally.raise(most);
         }
+    }
+
+    static void finish(bool stream) {  // streamed codes are seen by the other threads after this
         if (stream) _mm_sfence();
     }
 };

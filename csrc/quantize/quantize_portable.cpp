@@ -27,6 +27,8 @@ struct Kernel {
     using T = typename Input::T;
     static float widen(T x) { return Input::widen(x); }
 
+    static void finish(bool) {}
+
     static uint32_t amax(const T* x, int64_t n) {
         uint32_t most = 0;
         for (int64_t i = 0; i < n; ++i) {

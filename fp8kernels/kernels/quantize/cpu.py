@@ -52,32 +52,44 @@ def quantize(
 
     raises   ValueError if the block does not divide x, or scale is not on its grid
     """
-    rows, cols = x.shape
-    grid = how.block.grid(rows, cols)
+    grid = how.block.grid(*x.shape)
     if tuple(scale.shape) != grid:
         raise ValueError(f"scale is {list(scale.shape)}: block {how.block.name!r} of x {list(x.shape)} has {list(grid)}")
+    rows, cols = x.shape
+    codes = torch.empty(rows, cols, dtype=torch.uint8)
+    codes_t = torch.empty(cols, rows, dtype=torch.uint8) if transpose else None
+    out = Quantized(codes, codes_t, torch.empty(grid), torch.empty(grid), torch.empty(4, dtype=torch.int64))
+    return quantize_into(x, scale, how, out, observer=observer)
+
+
+def quantize_into(
+    x: Tensor, scale: Tensor, how: Rounding, out: Quantized, *, observer: Observer | None = None
+) -> Quantized:
+    """The same into tensors that are there already, contiguous; large fresh ones cost more than filling them."""
+    rows, cols = x.shape
+    grid_rows, grid_cols = scale.shape
+    if x.numel() == 0:
+        out.scale.copy_(torch.where(scale == 0, 1.0, scale))
+        out.amax.zero_()
+        out.counts.zero_()
+        return out
     if x.stride(1) != 1 and cols > 1:
         x = x.contiguous()
     scale = scale.contiguous()
-    codes = torch.empty(rows, cols, dtype=torch.uint8)
-    codes_t = torch.empty(cols, rows, dtype=torch.uint8) if transpose else None
-    counts = torch.zeros(4, dtype=torch.int64)
-    if codes.numel() == 0:
-        return Quantized(codes, codes_t, torch.where(scale == 0, 1.0, scale), torch.zeros(grid), counts)
-    out_scale, amax = torch.empty(grid), torch.empty(grid)
     _cpu.quantize(
         x.data_ptr(),
         INPUT_TYPES[x.dtype],
         rows,
         cols,
         x.stride(0) if rows > 1 else cols,
-        *grid,
+        grid_rows,
+        grid_cols,
         scale.data_ptr(),
-        out_scale.data_ptr(),
-        amax.data_ptr(),
-        codes.data_ptr(),
-        0 if codes_t is None else codes_t.data_ptr(),
-        counts.data_ptr(),
+        out.scale.data_ptr(),
+        out.amax.data_ptr(),
+        out.codes.data_ptr(),
+        0 if out.codes_t is None else out.codes_t.data_ptr(),
+        out.counts.data_ptr(),
         0 if observer is None else observer.pending.data_ptr(),
         0 if observer is None else observer.counters.data_ptr(),
         how.fmt.code_id,
@@ -87,4 +99,4 @@ def quantize(
         how.saturate,
         torch.get_num_threads(),
     )
-    return Quantized(codes, codes_t, out_scale, amax, counts)
+    return out
