@@ -1,9 +1,11 @@
 // The loops around a register tile, the same for every instruction set (the scheme of BLIS, ACM TOMS 41 (3), 2015).
 //
-//   for each block of K-panels of w: decode and pack them             -> L3
-//     for each block of rows of x: decode them                        -> L2
-//       for each panel of w, for each few rows of x: Kernel::tile     -> registers
+//   for each block of rows of x: decode them                  -> L3
+//     for each panel of columns of w: decode and pack it      -> L2
+//       for each few rows: Kernel::tile                       -> registers
 //
+// The panel is the smaller buffer and is written again and again, so packing never waits for memory to write to.
+// K longer than a block is walked in blocks, with partial sums in fp32.
 // A Kernel has: Element (what codes are unpacked to), kTile (its TileShape), Decoder(FormatId), pack_rows, pack_cols,
 // tile.
 #pragma once
@@ -19,7 +21,8 @@ template <class Element>
 struct Tile {
     const Element* x;  // [rows, stride]
     int64_t x_stride;
-    const Element* w;  // a panel, in the kernel's own order
+    const Element* x_next;  // the rows of the tile after this one, worth fetching
+    const Element* w;       // a panel, in the kernel's own order
     int64_t rows, cols;
     int64_t depth, segment;
     const float* x_scale;  // [segments, x_scale_stride]
@@ -68,7 +71,7 @@ inline void spread_bias(float* to, const GemmArguments& a, int64_t first, int64_
 // The part of out that one thread makes: rows [row, row_end) x columns [col, col_end).
 template <class Kernel>
 class Part {
-  public:
+   public:
     using Element = typename Kernel::Element;
 
     Part(const GemmArguments& arguments, const Plan& plan, char* workspace, bool wide)
@@ -82,63 +85,75 @@ class Part {
     }
 
     void run(int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
-        const bool one_block = plan.depth >= a.depth;
-        const int64_t row_step = one_block ? row_end - row : plan.sum_rows;
-        for (int64_t i = row; i < row_end; i += row_step) {
+        for (int64_t i = row; i < row_end; i += plan.rows) {
             for (int64_t j = col; j < col_end; j += plan.cols) {
                 for (int64_t k = 0; k < a.depth; k += plan.depth) {
-                    block(i, least(row_step, row_end - i), j, least(plan.cols, col_end - j), k,
+                    block(i, least(plan.rows, row_end - i), j, least(plan.cols, col_end - j), k,
                           least(plan.depth, a.depth - k));
                 }
             }
         }
     }
 
-  private:
+   private:
     static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
     void block(int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t from, int64_t depth) {
         const int64_t segments = divide_up(depth, plan.segment);
-        const int64_t panel_elements = Kernel::kTile.cols * round_up(depth, 2);
-        for (int64_t j = 0; j < cols; j += Kernel::kTile.cols) {
-            Kernel::pack_cols(w + j / Kernel::kTile.cols * panel_elements,
-                              a.w.codes + (col + j) * a.w.row_stride + from * a.w.col_stride, a.w.row_stride,
-                              a.w.col_stride, least(Kernel::kTile.cols, cols - j), depth, w_decoder);
-        }
-        spread_scales(w_scale, plan.cols, a.w, a.cols, a.depth, col, cols, from, plan.segment, segments);
-        if (a.bias) spread_bias(bias, a, col, cols);
+        Kernel::pack_rows(x, plan.x_stride, a.x.codes + row * a.x.row_stride + from * a.x.col_stride, a.x.row_stride,
+                          a.x.col_stride, rows, depth, x_decoder);
+        spread_scales(x_scale, plan.rows, a.x, a.rows, a.depth, row, rows, from, plan.segment, segments);
 
         Tile<Element> tile{};
         tile.x_stride = plan.x_stride;
+        tile.w = w;
         tile.depth = depth;
         tile.segment = least(plan.segment, depth);
         tile.x_scale_stride = plan.rows;
-        tile.w_scale_stride = plan.cols;
+        tile.w_scale = w_scale;
+        tile.w_scale_stride = Kernel::kTile.cols;
         tile.wide = wide;
-        tile.sum_stride = plan.cols;
+        tile.bias = a.bias ? bias : nullptr;
+        tile.sum_stride = plan.sum_stride;
         tile.first = from == 0;
         tile.last = from + depth == a.depth;
         tile.out_stride = a.cols;
         tile.out_bf16 = a.out_bf16;
         const int64_t out_bytes = a.out_bf16 ? 2 : 4;
-        for (int64_t i = 0; i < rows; i += plan.rows) {
-            const int64_t unpacked = least(plan.rows, rows - i);
-            Kernel::pack_rows(x, plan.x_stride, a.x.codes + (row + i) * a.x.row_stride + from * a.x.col_stride,
-                              a.x.row_stride, a.x.col_stride, unpacked, depth, x_decoder);
-            spread_scales(x_scale, plan.rows, a.x, a.rows, a.depth, row + i, unpacked, from, plan.segment, segments);
-            for (int64_t j = 0; j < cols; j += Kernel::kTile.cols) {
-                tile.w = w + j / Kernel::kTile.cols * panel_elements;
-                tile.cols = least(Kernel::kTile.cols, cols - j);
-                tile.w_scale = w_scale + j;
-                tile.bias = a.bias ? bias + j : nullptr;
-                for (int64_t r = 0; r < unpacked; r += Kernel::kTile.rows) {
-                    tile.x = x + r * plan.x_stride;
-                    tile.rows = least(Kernel::kTile.rows, unpacked - r);
-                    tile.x_scale = x_scale + r;
-                    tile.sum = sum + (i + r) * plan.cols + j;
-                    tile.out = static_cast<char*>(a.out) + ((row + i + r) * a.cols + col + j) * out_bytes;
-                    Kernel::tile(tile);
-                }
+        for (int64_t j = 0; j < cols; j += Kernel::kTile.cols) {
+            tile.cols = least(Kernel::kTile.cols, cols - j);
+            const uint8_t* codes = a.w.codes + (col + j) * a.w.row_stride + from * a.w.col_stride;
+            Kernel::pack_cols(w, codes, a.w.row_stride, a.w.col_stride, tile.cols, depth, w_decoder);
+            spread_scales(w_scale, tile.w_scale_stride, a.w, a.cols, a.depth, col + j, tile.cols, from, plan.segment,
+                          segments);
+            if (a.bias) spread_bias(bias, a, col + j, tile.cols);
+            const bool more = j + 2 * Kernel::kTile.cols <= cols;  // another whole panel follows
+            const uint8_t* next = codes + Kernel::kTile.cols * a.w.row_stride;
+            for (int64_t i = 0; i < rows; i += Kernel::kTile.rows) {
+                tile.x = x + i * plan.x_stride;
+                tile.x_next = i + Kernel::kTile.rows < rows ? tile.x + Kernel::kTile.rows * plan.x_stride : x;
+#ifndef NOWA
+                if (more) fetch_codes(next, depth, i, least(i + Kernel::kTile.rows, rows), rows);
+#endif
+                tile.rows = least(Kernel::kTile.rows, rows - i);
+                tile.x_scale = x_scale + i;
+                tile.sum = sum + i * plan.sum_stride + j;
+                tile.out = static_cast<char*>(a.out) + ((row + i) * a.cols + col + j) * out_bytes;
+                Kernel::tile(tile);
+            }
+        }
+    }
+
+    // Fetches a share of a panel's codes, [begin, end) of `all`, into L2, while other work hides the wait for memory.
+    void fetch_codes(const uint8_t* codes, int64_t depth, int64_t begin, int64_t end, int64_t all) const {
+        constexpr int64_t kLine = 64;
+        if (a.w.col_stride == 1) {
+            for (int64_t j = Kernel::kTile.cols * begin / all; j < Kernel::kTile.cols * end / all; ++j) {
+                for (int64_t k = 0; k < depth; k += kLine) __builtin_prefetch(codes + j * a.w.row_stride + k, 0, 2);
+            }
+        } else {
+            for (int64_t k = depth * begin / all; k < depth * end / all; ++k) {
+                __builtin_prefetch(codes + k * a.w.col_stride, 0, 2);
             }
         }
     }

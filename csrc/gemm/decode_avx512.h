@@ -42,21 +42,15 @@ struct Bf16Decoder {
         return {_mm512_mask_blend_epi8(upper, a, b), _mm512_mask_blend_epi8(upper, c, d)};
     }
 
-  private:
+   private:
     static __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 };
 
 // The numbers of bytes 0-7 of each 128-bit lane, and of bytes 8-15.
-inline __m512i first_halves(Bytes b) {
-    return _mm512_unpacklo_epi8(b.low, b.high);
-}
-inline __m512i second_halves(Bytes b) {
-    return _mm512_unpackhi_epi8(b.low, b.high);
-}
+inline __m512i first_halves(Bytes b) { return _mm512_unpacklo_epi8(b.low, b.high); }
+inline __m512i second_halves(Bytes b) { return _mm512_unpackhi_epi8(b.low, b.high); }
 
-inline __mmask64 first_bytes(int64_t count) {
-    return count >= 64 ? ~0ULL : (1ULL << count) - 1;
-}
+inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
 
 }  // namespace
 }  // namespace fp8kernels

@@ -29,20 +29,15 @@ void fill(const GemmArguments& a) {
 
 }  // namespace
 
-int64_t gemm_segment(const GemmArguments& a) {
-    return std::gcd(a.depth / a.x.scale_cols, a.depth / a.w.scale_cols);
-}
+int64_t gemm_segment(const GemmArguments& a) { return std::gcd(a.depth / a.x.scale_cols, a.depth / a.w.scale_cols); }
 
 size_t gemm_workspace(const GemmArguments& a) {
     if (a.rows == 0 || a.cols == 0 || a.depth == 0) return 0;
 #if FP8KERNELS_X86
     switch (current_isa()) {
-        case Isa::avx512:
-            return gemm_workspace_avx512(a);
-        case Isa::avx2:
-            return gemm_workspace_avx2(a);
-        default:
-            break;
+        case Isa::avx512: return gemm_workspace_avx512(a);
+        case Isa::avx2: return gemm_workspace_avx2(a);
+        default: break;
     }
 #endif
     return gemm_workspace_portable(a);
@@ -53,12 +48,9 @@ void gemm(const GemmArguments& a, void* workspace) {
     if (a.depth == 0) return fill(a);
 #if FP8KERNELS_X86
     switch (current_isa()) {
-        case Isa::avx512:
-            return gemm_avx512(a, workspace);
-        case Isa::avx2:
-            return gemm_avx2(a, workspace);
-        default:
-            break;
+        case Isa::avx512: return gemm_avx512(a, workspace);
+        case Isa::avx2: return gemm_avx2(a, workspace);
+        default: break;
     }
 #endif
     gemm_portable(a, workspace);

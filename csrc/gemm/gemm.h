@@ -36,7 +36,7 @@ struct GemmArguments {
 };
 
 // Nearest even, as a bf16 number's bits.
-inline uint16_t rounded_to_bf16(float value) {
+static inline uint16_t rounded_to_bf16(float value) {
     const uint32_t bits = bits_from_float(value);
     if ((bits & kMagnitude) > kInfBits) return 0x7FC0;
     return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);

@@ -51,18 +51,12 @@ struct Avx2 {
 
     static void dot(float (&sum)[kTileRows][kTileWidth], const Tile<float>& t, int64_t from, int64_t depth) {
         switch (t.rows) {
-            case 1:
-                return dot_rows<1>(sum, t, from, depth);
-            case 2:
-                return dot_rows<2>(sum, t, from, depth);
-            case 3:
-                return dot_rows<3>(sum, t, from, depth);
-            case 4:
-                return dot_rows<4>(sum, t, from, depth);
-            case 5:
-                return dot_rows<5>(sum, t, from, depth);
-            default:
-                return dot_rows<6>(sum, t, from, depth);
+            case 1: return dot_rows<1>(sum, t, from, depth);
+            case 2: return dot_rows<2>(sum, t, from, depth);
+            case 3: return dot_rows<3>(sum, t, from, depth);
+            case 4: return dot_rows<4>(sum, t, from, depth);
+            case 5: return dot_rows<5>(sum, t, from, depth);
+            default: return dot_rows<6>(sum, t, from, depth);
         }
     }
 
@@ -71,12 +65,8 @@ struct Avx2 {
 
 }  // namespace
 
-size_t gemm_workspace_avx2(const GemmArguments& a) {
-    return blocked_workspace<Avx2>(a);
-}
+size_t gemm_workspace_avx2(const GemmArguments& a) { return blocked_workspace<Avx2>(a); }
 
-void gemm_avx2(const GemmArguments& a, void* workspace) {
-    blocked_gemm<Avx2>(a, workspace);
-}
+void gemm_avx2(const GemmArguments& a, void* workspace) { blocked_gemm<Avx2>(a, workspace); }
 
 }  // namespace fp8kernels

@@ -1,6 +1,7 @@
 // gemm with AVX-512 BF16 and VBMI: blocked, or streaming the weights when x has few rows.
 #include "gemm/levels.h"
 #include "gemm/pack_avx512.h"
+#include "gemm/stream_avx512.h"
 #include "gemm/tile_avx512.h"
 
 namespace fp8kernels {
@@ -29,12 +30,9 @@ struct Avx512 {
 
     static void tile(const Tile<Element>& t) {
         switch ((t.cols + 15) / 16) {
-            case 1:
-                return tile_of_width<1>(t);
-            case 2:
-                return tile_of_width<2>(t);
-            default:
-                return tile_of_width<3>(t);
+            case 1: return tile_of_width<1>(t);
+            case 2: return tile_of_width<2>(t);
+            default: return tile_of_width<3>(t);
         }
     }
 };
@@ -42,10 +40,11 @@ struct Avx512 {
 }  // namespace
 
 size_t gemm_workspace_avx512(const GemmArguments& a) {
-    return blocked_workspace<Avx512>(a);
+    return streams(a) ? stream_workspace(a) : blocked_workspace<Avx512>(a);
 }
 
 void gemm_avx512(const GemmArguments& a, void* workspace) {
+    if (streams(a)) return stream_gemm(a, workspace);
     blocked_gemm<Avx512>(a, workspace);
 }
 

@@ -39,12 +39,8 @@ struct Portable {
 
 }  // namespace
 
-size_t gemm_workspace_portable(const GemmArguments& a) {
-    return blocked_workspace<Portable>(a);
-}
+size_t gemm_workspace_portable(const GemmArguments& a) { return blocked_workspace<Portable>(a); }
 
-void gemm_portable(const GemmArguments& a, void* workspace) {
-    blocked_gemm<Portable>(a, workspace);
-}
+void gemm_portable(const GemmArguments& a, void* workspace) { blocked_gemm<Portable>(a, workspace); }
 
 }  // namespace fp8kernels

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "gemm/decode_avx512.h"
+#include "gemm/plan.h"
 
 namespace fp8kernels {
 namespace {
@@ -52,7 +53,7 @@ inline void unpack_rows_transposed(uint16_t* to, int64_t stride, const uint8_t* 
                                    int64_t depth, const Bf16Decoder& decoder) {
     for (int64_t i = 0; i < rows; i += 64) {
         const __mmask64 mask = first_bytes(rows - i);
-        for (int64_t k = 0; k < depth; k += 16) {
+        for (int64_t k = 0; k < round_up(depth, 64); k += 16) {
             __m512i v[16];
             for (int64_t d = 0; d < 16; ++d) {
                 v[d] = k + d < depth ? _mm512_maskz_loadu_epi8(mask, codes + (k + d) * col_stride + i)

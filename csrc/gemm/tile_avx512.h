@@ -13,6 +13,8 @@
 namespace fp8kernels {
 namespace {
 
+constexpr int64_t kAheadStep = 36;  // bytes of the next rows of x fetched into L2 a step; 8 rows are 32 and their gaps
+
 // value * x_scale * w_scale. Wide: exponents are added apart, so that only the result can leave the range of fp32.
 inline __m512 scaled(__m512 value, __m512 x_scale, __m512 w_scale, bool wide) {
     if (!wide) return _mm512_mul_ps(value, _mm512_mul_ps(x_scale, w_scale));
@@ -23,7 +25,7 @@ inline __m512 scaled(__m512 value, __m512 x_scale, __m512 w_scale, bool wide) {
 }
 
 // Rounded to nearest even with integers, because vcvtneps2bf16 turns denormals into zero.
-inline __m256i rounded_to_bf16(__m512 value) {
+inline __m256i vector_to_bf16(__m512 value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
@@ -33,9 +35,13 @@ inline __m256i rounded_to_bf16(__m512 value) {
 }
 
 template <int kRows, int kVectors>
-inline void dot(__m512 (&sum)[kRows][kVectors], const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t pairs) {
+inline void dot(__m512 (&sum)[kRows][kVectors], const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t pairs,
+                const char* ahead) {
     for (int64_t p = 0; p < pairs; ++p) {
         __m512bh right[kVectors];
+#ifndef NOXA
+        _mm_prefetch(ahead + p * kAheadStep, _MM_HINT_T1);
+#endif
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_load_si512(w + (p * kVectors + j) * 32);
 #pragma GCC unroll 8
@@ -62,7 +68,7 @@ inline void finish(const Tile<uint16_t>& t, const __m512 (&sum)[kRows][kVectors]
             const __m512 value = t.bias ? _mm512_add_ps(sum[i][j], bias) : sum[i][j];
             const int64_t at = i * t.out_stride + 16 * j;
             if (t.out_bf16) {
-                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(t.out) + at, mask, rounded_to_bf16(value));
+                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(t.out) + at, mask, vector_to_bf16(value));
             } else {
                 _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, value);
             }
@@ -74,6 +80,13 @@ template <int kRows, int kVectors>
 void tile_of(const Tile<uint16_t>& t) {
     alignas(64) float total[kRows][16 * kVectors];
     __m512 sum[kRows][kVectors];
+    if (t.last) {
+        const char* out = static_cast<const char*>(t.out);
+        const int64_t bytes = t.out_bf16 ? 2 : 4;
+        for (int i = 0; i < kRows; ++i) {
+            for (int64_t b = 0; b < t.cols * bytes; b += 64) __builtin_prefetch(out + i * t.out_stride * bytes + b, 1);
+        }
+    }
     int64_t segment = 0;
     for (int64_t k = 0; k < t.depth; k += t.segment, ++segment) {
 #pragma GCC unroll 8
@@ -82,7 +95,8 @@ void tile_of(const Tile<uint16_t>& t) {
             for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_setzero_ps();
         }
         const int64_t depth = t.depth - k < t.segment ? t.depth - k : t.segment;
-        dot<kRows, kVectors>(sum, t.x + k, t.x_stride, t.w + k * 16 * kVectors, (depth + 1) / 2);
+        dot<kRows, kVectors>(sum, t.x + k, t.x_stride, t.w + k * 16 * kVectors, (depth + 1) / 2,
+                             reinterpret_cast<const char*>(t.x_next) + k / 2 * kAheadStep);
         const float* x_scale = t.x_scale + segment * t.x_scale_stride;
         const float* w_scale = t.w_scale + segment * t.w_scale_stride;
         const bool more = k + t.segment < t.depth;
@@ -116,22 +130,14 @@ void tile_of(const Tile<uint16_t>& t) {
 template <int kVectors>
 void tile_of_width(const Tile<uint16_t>& t) {
     switch (t.rows) {
-        case 1:
-            return tile_of<1, kVectors>(t);
-        case 2:
-            return tile_of<2, kVectors>(t);
-        case 3:
-            return tile_of<3, kVectors>(t);
-        case 4:
-            return tile_of<4, kVectors>(t);
-        case 5:
-            return tile_of<5, kVectors>(t);
-        case 6:
-            return tile_of<6, kVectors>(t);
-        case 7:
-            return tile_of<7, kVectors>(t);
-        default:
-            return tile_of<8, kVectors>(t);
+        case 1: return tile_of<1, kVectors>(t);
+        case 2: return tile_of<2, kVectors>(t);
+        case 3: return tile_of<3, kVectors>(t);
+        case 4: return tile_of<4, kVectors>(t);
+        case 5: return tile_of<5, kVectors>(t);
+        case 6: return tile_of<6, kVectors>(t);
+        case 7: return tile_of<7, kVectors>(t);
+        default: return tile_of<8, kVectors>(t);
     }
 }
 
