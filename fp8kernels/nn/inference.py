@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops import linear  # noqa: F401  registers torch.ops.fp8kernels.linear
 from ..recipe import Role
 from ..scaling.block import get_block
-from .function import output_dtype, product
-from .state import keep_dtypes, quantize_role
+from .function import output_dtype
+from .state import keep_dtypes
 
 
 class InferenceLinear(nn.Module):
@@ -43,6 +44,7 @@ class InferenceLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.input_role, self.weight_role = input_role, weight_role
         self.input_target, self.power_of_two = input_target, power_of_two
+        self._input = (input_role.fmt, input_role.block, float(input_target), power_of_two)
         grid = get_block(weight_role.block).grid(out_features, in_features)
         codes = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
@@ -55,11 +57,18 @@ class InferenceLinear(nn.Module):
             raise ValueError(
                 f"input {tuple(x.shape)} and weight ({self.out_features}, {self.in_features}) do not multiply"
             )
-        codes, scale = quantize_role(
-            x.detach(), self.input_role, self.input_target, self.power_of_two, self.input_scale, None
+        dtype = output_dtype(x)
+        out: Tensor = torch.ops.fp8kernels.linear(
+            x.detach() if x.requires_grad else x,
+            self.input_scale,
+            *self._input,
+            self.weight_codes,
+            self.weight_scale,
+            self.weight_role.fmt,
+            self.bias,
+            torch.float32 if dtype == torch.float16 else dtype,
         )
-        w = (self.weight_codes, self.weight_scale, self.weight_role)
-        return product(codes, scale, self.input_role, *w, self.bias, output_dtype(x))
+        return out if out.dtype == dtype else out.to(dtype)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """`.to(dtype)` moves between devices; codes and scales keep their dtypes, as they are no activations."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,14 +34,14 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> Any:
     manifest = check(folder)
     transformers = _transformers()
     config = _config(folder)
-    model_class: Any = getattr(transformers, manifest.model_class, None)
+    model_class = getattr(transformers, manifest.model_class, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"{folder}: the manifest names {manifest.model_class!r}, which is no model of transformers "
             f"{transformers.__version__}; build the model yourself and give it as load(folder, model=…)"
         )
     try:
-        plain = model_class._from_config(config, dtype=getattr(torch, manifest.dtype))
+        plain = cast(Any, model_class)._from_config(config, dtype=getattr(torch, manifest.dtype))
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}/config.json does not build a {manifest.model_class}: {error}") from error
     return load_into(plain, folder)

@@ -30,7 +30,7 @@ class DemoSize:
     validation_batches: int
     new_tokens: int
     repeats: int
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
 
 
 FULL = DemoSize(
