@@ -42,7 +42,7 @@ lint: .venv/.built
 .venv/.tools: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 14) or sys.exit(f"fp8kernels needs Python 3.10 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Set PYTHON.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt "$(TORCH)" \
+	@$(PIP) install -q -c constraints.txt "$(TORCH)" \
 	  || $(PIP) install -q -c constraints.txt "$(TORCH)" --extra-index-url "$(TORCH_INDEX)" \
 	  || { echo "$(TORCH) is neither on the configured package indexes nor on $(TORCH_INDEX)."; \
 	       echo "TORCH=torch==$(TORCH_VERSION) takes PyPI's build (several GB of CUDA on Linux)."; exit 1; }

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 SECONDS = 6.0  # of one comparison
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
 MIN_SAMPLE = 2e-3  # seconds; shorter work is repeated inside one sample until it takes this long
 COPY_ELEMENTS = 64 << 20  # of bf16: 128 MiB read and 128 MiB written, well beyond any cache
 
@@ -46,14 +46,14 @@ class Comparison:
         return asdict(self)
 
 
-def compare(ours: Work, baseline: Work, seconds: float = SECONDS) -> Comparison:
-    """Both in turn, round after round, for about `seconds` in all."""
+def take_turns(ours: Work, baseline: Work, seconds: float = SECONDS) -> tuple[list[float], list[float]]:
+    """Both in turn, round after round, for about `seconds` in all; the samples of ours and of the baseline."""
     repeat_ours, once_ours = _repeats(ours)
     repeat_baseline, once_baseline = _repeats(baseline)
     per_round = repeat_ours * once_ours + repeat_baseline * once_baseline
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / per_round)))
     samples = [(sample(ours, repeat_ours), sample(baseline, repeat_baseline)) for _ in range(rounds)]
-    return summary([a for a, _ in samples], [b for _, b in samples])
+    return [a for a, _ in samples], [b for _, b in samples]
 
 
 def summary(ours: list[float], baseline: list[float]) -> Comparison:
