@@ -5,16 +5,15 @@
 #
 # The set-up runs once: its stamps are older than pyproject.toml, constraints.txt or the C++ sources only after an edit.
 #   PYTHON=python3.12 make test         another interpreter, 3.10 to 3.13 (after `make clean`)
-#   TORCH=torch==2.13.0 make test       PyPI's own build of torch; on Linux that brings several GB of CUDA
+#                                       The CPU build of torch is taken where pip's indexes have it (PyTorch's own CPU
+#                                       index does: name it in PIP_EXTRA_INDEX_URL); else PyPI's, with CUDA on Linux
 #   PYTEST_ARGS="-k gemm" make test     arguments for pytest
 
 PYTHON ?= python3
 SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
-TORCH ?= torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' constraints.txt)
 EXTRAS := triton,demo,test,dev
 CXX_SOURCES := CMakeLists.txt $(shell find csrc python tests/cpp -type f 2>/dev/null)
 BUILD := build/editable
@@ -37,15 +36,12 @@ bench: .venv/.built
 lint: .venv/.built
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
-# torch comes first and alone, from the index that has the CPU build; every later line names it too, or pip would take
+# torch comes first and alone, as its CPU build if that is to be had; every later line names it too, or pip would take
 # another one.
 .venv/.tools: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 14) or sys.exit(f"fp8kernels needs Python 3.10 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Set PYTHON.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) install -q -c constraints.txt "$(TORCH)" \
-	  || $(PIP) install -q -c constraints.txt "$(TORCH)" --extra-index-url "$(TORCH_INDEX)" \
-	  || { echo "$(TORCH) is neither on the configured package indexes nor on $(TORCH_INDEX)."; \
-	       echo "TORCH=torch==$(TORCH_VERSION) takes PyPI's build (several GB of CUDA on Linux)."; exit 1; }
+	@$(PIP) install -q -c constraints.txt "$(TORCH)+cpu" 2>/dev/null || $(PIP) install -q -c constraints.txt "$(TORCH)"
 	$(PIP) install -q -c constraints.txt "$(TORCH)" scikit-build-core pybind11 cmake ninja
 	touch $@
 
