@@ -1,10 +1,9 @@
 // The loops around a register tile, the same for every instruction set (the scheme of BLIS, ACM TOMS 41 (3), 2015).
 //
-//   for each block of rows of x: decode them                  -> L3
-//     for each panel of columns of w: decode and pack it      -> L2
-//       for each few rows: Kernel::tile                       -> registers
+//   for each few rows of x: decode them                                     -> L2
+//     for each panel of columns of w: decode and pack it, the first time    -> L3, or L2 if no more rows follow
+//       for each tile of rows: Kernel::tile                                 -> registers
 //
-// The panel is the smaller buffer and is written again and again, so packing never waits for memory to write to.
 // K longer than a block is walked in blocks, with partial sums in fp32.
 // A Kernel has: Element (what codes are unpacked to), kTile (its TileShape), Decoder(FormatId), pack_rows, pack_cols,
 // tile.
@@ -21,8 +20,7 @@ template <class Element>
 struct Tile {
     const Element* x;  // [rows, stride]
     int64_t x_stride;
-    const Element* x_next;  // the rows of the tile after this one, worth fetching
-    const Element* w;       // a panel, in the kernel's own order
+    const Element* w;  // a panel, in the kernel's own order
     int64_t rows, cols;
     int64_t depth, segment;
     const float* x_scale;  // [segments, x_scale_stride]
@@ -39,11 +37,12 @@ struct Tile {
     bool out_bf16;
 };
 
-// Scales in this range, multiplied with each other and with any sum of products, neither overflow nor underflow.
+// Scales in this range, multiplied with each other and with any sum of products, neither overflow nor make denormals:
+// sums of products of codes are multiples of 2^-44.
 inline bool is_tame(const GemmOperand& operand) {
     const int64_t count = operand.scale_rows * operand.scale_cols;
     bool tame = true;
-    for (int64_t i = 0; i < count; ++i) tame &= operand.scale[i] >= 0x1p-40f && operand.scale[i] <= 0x1p40f;
+    for (int64_t i = 0; i < count; ++i) tame &= operand.scale[i] >= 0x1p-29f && operand.scale[i] <= 0x1p29f;
     return tame;
 }
 
@@ -100,46 +99,46 @@ class Part {
 
     void block(int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t from, int64_t depth) {
         const int64_t segments = divide_up(depth, plan.segment);
-        Kernel::pack_rows(x, plan.x_stride, a.x.codes + row * a.x.row_stride + from * a.x.col_stride, a.x.row_stride,
-                          a.x.col_stride, rows, depth, x_decoder);
-        spread_scales(x_scale, plan.rows, a.x, a.rows, a.depth, row, rows, from, plan.segment, segments);
+        spread_scales(w_scale, plan.cols, a.w, a.cols, a.depth, col, cols, from, plan.segment, segments);
+        if (a.bias) spread_bias(bias, a, col, cols);
 
         Tile<Element> tile{};
         tile.x_stride = plan.x_stride;
-        tile.w = w;
         tile.depth = depth;
         tile.segment = least(plan.segment, depth);
-        tile.x_scale_stride = plan.rows;
-        tile.w_scale = w_scale;
-        tile.w_scale_stride = Kernel::kTile.cols;
+        tile.x_scale_stride = plan.unpacked;
+        tile.w_scale_stride = plan.cols;
         tile.wide = wide;
-        tile.bias = a.bias ? bias : nullptr;
-        tile.sum_stride = plan.sum_stride;
+        tile.sum_stride = plan.cols;
         tile.first = from == 0;
         tile.last = from + depth == a.depth;
         tile.out_stride = a.cols;
         tile.out_bf16 = a.out_bf16;
-        const int64_t out_bytes = a.out_bf16 ? 2 : 4;
-        for (int64_t j = 0; j < cols; j += Kernel::kTile.cols) {
-            tile.cols = least(Kernel::kTile.cols, cols - j);
-            const uint8_t* codes = a.w.codes + (col + j) * a.w.row_stride + from * a.w.col_stride;
-            Kernel::pack_cols(w, codes, a.w.row_stride, a.w.col_stride, tile.cols, depth, w_decoder);
-            spread_scales(w_scale, tile.w_scale_stride, a.w, a.cols, a.depth, col + j, tile.cols, from, plan.segment,
-                          segments);
-            if (a.bias) spread_bias(bias, a, col + j, tile.cols);
-            const bool more = j + 2 * Kernel::kTile.cols <= cols;  // another whole panel follows
-            const uint8_t* next = codes + Kernel::kTile.cols * a.w.row_stride;
-            for (int64_t i = 0; i < rows; i += Kernel::kTile.rows) {
-                tile.x = x + i * plan.x_stride;
-                tile.x_next = i + Kernel::kTile.rows < rows ? tile.x + Kernel::kTile.rows * plan.x_stride : x;
-#ifndef NOWA
-                if (more) fetch_codes(next, depth, i, least(i + Kernel::kTile.rows, rows), rows);
-#endif
-                tile.rows = least(Kernel::kTile.rows, rows - i);
-                tile.x_scale = x_scale + i;
-                tile.sum = sum + i * plan.sum_stride + j;
-                tile.out = static_cast<char*>(a.out) + ((row + i) * a.cols + col + j) * out_bytes;
-                Kernel::tile(tile);
+        for (int64_t i = 0; i < rows; i += plan.unpacked) {
+            const int64_t count = least(plan.unpacked, rows - i);
+            Kernel::pack_rows(x, plan.x_stride, a.x.codes + (row + i) * a.x.row_stride + from * a.x.col_stride,
+                              a.x.row_stride, a.x.col_stride, count, depth, x_decoder);
+            spread_scales(x_scale, plan.unpacked, a.x, a.rows, a.depth, row + i, count, from, plan.segment, segments);
+            for (int64_t j = 0; j < cols; j += Kernel::kTile.cols) {
+                const uint8_t* codes = a.w.codes + (col + j) * a.w.row_stride + from * a.w.col_stride;
+                Element* panel = w + j / Kernel::kTile.cols * plan.panel;
+                tile.w = panel;
+                tile.cols = least(Kernel::kTile.cols, cols - j);
+                tile.w_scale = w_scale + j;
+                tile.bias = a.bias ? bias + j : nullptr;
+                const bool packs = i == 0;  // later rows find the panel packed
+                if (packs) Kernel::pack_cols(panel, codes, a.w.row_stride, a.w.col_stride, tile.cols, depth, w_decoder);
+                const bool fetches = packs && j + 2 * Kernel::kTile.cols <= cols;  // another whole panel follows
+                for (int64_t r = 0; r < count; r += Kernel::kTile.rows) {
+                    const int64_t end = least(r + Kernel::kTile.rows, count);
+                    if (fetches) fetch_codes(codes + Kernel::kTile.cols * a.w.row_stride, depth, r, end, count);
+                    tile.x = x + r * plan.x_stride;
+                    tile.rows = end - r;
+                    tile.x_scale = x_scale + r;
+                    tile.sum = sum + (i + r) * plan.cols + j;
+                    tile.out = static_cast<char*>(a.out) + ((row + i + r) * a.cols + col + j) * (a.out_bf16 ? 2 : 4);
+                    Kernel::tile(tile);
+                }
             }
         }
     }

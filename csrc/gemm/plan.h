@@ -9,10 +9,11 @@
 namespace fp8kernels {
 namespace {  // every instruction set compiles its own copy: nothing built for AVX-512 may be linked into the others
 
-constexpr int64_t kMaxDepth = 2048;     // elements of K in a block: a panel of 48 bf16 columns takes 192 KiB of L2
-constexpr int64_t kRowBytes = 4 << 20;  // bytes of unpacked rows of x, in L3
-constexpr int64_t kMaxRows = 2048;      // rows in a block
-constexpr int64_t kMaxSumCols = 1056;   // columns whose partial sums are kept while K is walked in blocks
+constexpr int64_t kMaxDepth = 2048;  // elements of K in a block: a panel of 48 bf16 columns takes 192 KiB of L2
+constexpr int64_t kMaxCols = 1056;   // columns in a block: its panels of w take at most 4 MiB of L3 a thread
+constexpr int64_t kMaxRows = 2048;   // rows in a block: those that share packed panels and have partial sums
+constexpr int64_t kRowBytes =
+    544 * 1024;  // bytes of unpacked rows of x (128 of 2048), which stay in L2 beside a panel of w
 constexpr int64_t kAlign = 64;
 
 // Relative costs, measured on Zen 4, in cycles for 64 codes or 64 products.
@@ -36,12 +37,13 @@ struct TileShape {
 struct Plan {
     int64_t row_parts, col_parts;  // parts of M and of N; a part is what one thread does
     int64_t part_rows, part_cols;
-    int64_t segment;     // elements of K that share both scales
-    int64_t depth;       // elements of K in a block
-    int64_t rows;        // rows in a block; they are unpacked at once
-    int64_t cols;        // columns in a block; w is packed panel by panel
-    int64_t sum_stride;  // columns that have partial sums; 0 when K is one block
-    int64_t x_stride;    // elements between two unpacked rows of x
+    int64_t segment;   // elements of K that share both scales
+    int64_t depth;     // elements of K in a block
+    int64_t rows;      // rows in a block
+    int64_t cols;      // columns in a block
+    int64_t unpacked;  // rows of x unpacked at once
+    int64_t panel;     // elements from one packed panel of w to the next; 0 when one buffer serves them all
+    int64_t x_stride;  // elements between two unpacked rows of x
     size_t x_at, w_at, x_scale_at, w_scale_at, bias_at, sum_at;  // where the buffers of a part begin, in bytes
     size_t part_bytes;
 
@@ -58,8 +60,8 @@ inline void choose_parts(Plan& plan, const GemmArguments& a, const TileShape& ti
         const int64_t col_parts = threads / row_parts;
         const int64_t rows = round_up(divide_up(a.rows, row_parts), tile.rows);
         const int64_t cols = round_up(divide_up(a.cols, col_parts), tile.col_step);
-        const int64_t cost =
-            rows * cols * kProductCost + rows * kPackRowCost + cols * kPackColCost * divide_up(rows, kMaxRows);
+        const int64_t cost = rows * cols * kProductCost + rows * kPackRowCost * divide_up(cols, kMaxCols) +
+                             cols * kPackColCost * divide_up(rows, kMaxRows);
         if (best >= 0 && cost >= best) continue;
         best = cost;
         plan.part_rows = rows;
@@ -83,14 +85,12 @@ inline Plan make_plan(const GemmArguments& a, const TileShape& tile) {
     if (plan.segment > plan.depth) plan.segment = plan.depth;
     plan.x_stride = round_up(plan.depth, 64) + 32;  // not a multiple of 4 KiB: the rows of a tile lie in different sets
 
-    const int64_t fitting = kRowBytes / (plan.x_stride * tile.bytes);
-    const int64_t most = round_up(fitting < 1 ? 1 : (fitting < kMaxRows ? fitting : kMaxRows), tile.rows);
-    plan.rows = round_up(divide_up(plan.part_rows, divide_up(plan.part_rows, most)), tile.rows);
-    plan.cols = plan.part_cols;
-    if (plan.depth < a.depth) {
-        plan.cols = round_up(divide_up(plan.part_cols, divide_up(plan.part_cols, kMaxSumCols)), tile.cols);
-        plan.sum_stride = plan.cols;
-    }
+    const int64_t fitting = kRowBytes / (plan.x_stride * tile.bytes) / tile.rows * tile.rows;
+    plan.rows = plan.part_rows < kMaxRows ? plan.part_rows : kMaxRows;
+    plan.unpacked = fitting < tile.rows ? tile.rows : (fitting < plan.rows ? fitting : plan.rows);
+    plan.cols = round_up(divide_up(plan.part_cols, divide_up(plan.part_cols, kMaxCols)), tile.cols);
+    plan.panel = plan.unpacked < plan.rows ? tile.cols * round_up(plan.depth, 2) : 0;
+    const int64_t panels = plan.panel > 0 ? plan.cols / tile.cols : 1;
 
     size_t at = 0;
     const auto take = [&at](int64_t bytes) {
@@ -99,12 +99,12 @@ inline Plan make_plan(const GemmArguments& a, const TileShape& tile) {
         return begin;
     };
     const int64_t floats = sizeof(float);
-    plan.x_at = take(plan.rows * plan.x_stride * tile.bytes);
-    plan.w_at = take(tile.cols * round_up(plan.depth, 64) * tile.bytes);
-    plan.x_scale_at = take(plan.segments() * plan.rows * floats);
-    plan.w_scale_at = take(plan.segments() * tile.cols * floats);
-    plan.bias_at = take(tile.cols * floats);
-    plan.sum_at = take(plan.rows * plan.sum_stride * floats);
+    plan.x_at = take(plan.unpacked * plan.x_stride * tile.bytes);
+    plan.w_at = take(panels * tile.cols * round_up(plan.depth, 64) * tile.bytes);
+    plan.x_scale_at = take(plan.segments() * plan.unpacked * floats);
+    plan.w_scale_at = take(plan.segments() * plan.cols * floats);
+    plan.bias_at = take(plan.cols * floats);
+    plan.sum_at = take(plan.depth < a.depth ? plan.rows * plan.cols * floats : 0);
     plan.part_bytes = at;
     return plan;
 }

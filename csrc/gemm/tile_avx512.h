@@ -13,8 +13,6 @@
 namespace fp8kernels {
 namespace {
 
-constexpr int64_t kAheadStep = 36;  // bytes of the next rows of x fetched into L2 a step; 8 rows are 32 and their gaps
-
 // value * x_scale * w_scale. Wide: exponents are added apart, so that only the result can leave the range of fp32.
 inline __m512 scaled(__m512 value, __m512 x_scale, __m512 w_scale, bool wide) {
     if (!wide) return _mm512_mul_ps(value, _mm512_mul_ps(x_scale, w_scale));
@@ -24,8 +22,9 @@ inline __m512 scaled(__m512 value, __m512 x_scale, __m512 w_scale, bool wide) {
     return _mm512_scalef_ps(_mm512_mul_ps(value, mantissas), exponents);
 }
 
-// Rounded to nearest even with integers, because vcvtneps2bf16 turns denormals into zero.
-inline __m256i vector_to_bf16(__m512 value) {
+// Rounded to nearest even; with integers where there may be denormals, because vcvtneps2bf16 turns them into zero.
+inline __m256i vector_to_bf16(__m512 value, bool denormals) {
+    if (!denormals) return (__m256i)_mm512_cvtneps_pbh(value);
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
@@ -35,13 +34,9 @@ inline __m256i vector_to_bf16(__m512 value) {
 }
 
 template <int kRows, int kVectors>
-inline void dot(__m512 (&sum)[kRows][kVectors], const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t pairs,
-                const char* ahead) {
+inline void dot(__m512 (&sum)[kRows][kVectors], const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t pairs) {
     for (int64_t p = 0; p < pairs; ++p) {
         __m512bh right[kVectors];
-#ifndef NOXA
-        _mm_prefetch(ahead + p * kAheadStep, _MM_HINT_T1);
-#endif
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_load_si512(w + (p * kVectors + j) * 32);
 #pragma GCC unroll 8
@@ -68,7 +63,8 @@ inline void finish(const Tile<uint16_t>& t, const __m512 (&sum)[kRows][kVectors]
             const __m512 value = t.bias ? _mm512_add_ps(sum[i][j], bias) : sum[i][j];
             const int64_t at = i * t.out_stride + 16 * j;
             if (t.out_bf16) {
-                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(t.out) + at, mask, vector_to_bf16(value));
+                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(t.out) + at, mask,
+                                         vector_to_bf16(value, t.wide || t.bias));
             } else {
                 _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, value);
             }
@@ -95,8 +91,7 @@ void tile_of(const Tile<uint16_t>& t) {
             for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_setzero_ps();
         }
         const int64_t depth = t.depth - k < t.segment ? t.depth - k : t.segment;
-        dot<kRows, kVectors>(sum, t.x + k, t.x_stride, t.w + k * 16 * kVectors, (depth + 1) / 2,
-                             reinterpret_cast<const char*>(t.x_next) + k / 2 * kAheadStep);
+        dot<kRows, kVectors>(sum, t.x + k, t.x_stride, t.w + k * 16 * kVectors, (depth + 1) / 2);
         const float* x_scale = t.x_scale + segment * t.x_scale_stride;
         const float* w_scale = t.w_scale + segment * t.w_scale_stride;
         const bool more = k + t.segment < t.depth;

@@ -19,7 +19,7 @@ from . import Operand
 try:
     from ... import _cpu  # after torch, whose OpenMP threads it shares
 except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"
+    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
 
 SUMS = (torch.float32, torch.bfloat16)  # of out and bias
 _local = threading.local()  # .workspace: a uint8 tensor that grows to the largest product a thread has made
@@ -35,7 +35,7 @@ def why_not(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype)
             return f"{name} is on {tensor.device}: this kernel takes CPU tensors"
     for name, operand in (("x", x), ("w", w)):
         if operand.codes.dtype != torch.uint8 or operand.scale.dtype != torch.float32:
-            return f"{name} is {operand.codes.dtype} with {operand.scale.dtype} scales: this kernel takes uint8 with fp32"
+            return f"{name} is {operand.codes.dtype} with {operand.scale.dtype} scales: it takes uint8 with fp32"
     if out_dtype not in SUMS:
         return f"out would be {out_dtype}: this kernel makes fp32 and bf16"
     if bias is not None and bias.dtype not in SUMS:
