@@ -71,8 +71,8 @@ def _fake(
 
 
 register(
-    "linear(Tensor x, Tensor x_scale, str x_fmt, str x_block, float target, bool power_of_two, Tensor w, Tensor w_scale, "
-    "str w_fmt, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    "linear(Tensor x, Tensor x_scale, str x_fmt, str x_block, float target, bool power_of_two, "
+    "Tensor w, Tensor w_scale, str w_fmt, Tensor? bias, ScalarType out_dtype) -> Tensor",
     _linear,
     _fake,
 )

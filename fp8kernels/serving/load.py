@@ -91,4 +91,5 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError("serving needs transformers: pip install 'fp8kernels[demo]'") from error
+    transformers.utils.logging.disable_progress_bar()
     return transformers

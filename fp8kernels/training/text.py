@@ -6,6 +6,7 @@ The choice of files, their order and the split depend on the installed Python al
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -33,18 +34,21 @@ LEFT_OUT = frozenset(
     ]
 )  # tests, tables and graphical tools: often not installed, and little like prose or code
 HELD_OUT = 16  # one file in so many is kept for validation
+SHORTEST_FILE = 200  # bytes; below it there is an import or nothing
 LONGEST_FILE = 60_000  # bytes; one huge generated module should not fill the corpus
 SENTENCE_WORDS = (7, 28)  # shorter ones say little, longer ones are mostly lists
 
 
-def library_files() -> list[Path]:
+@functools.cache  # the library does not change while it is running
+def library_files() -> tuple[Path, ...]:
     """The .py files of the running Python's standard library, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
-    return sorted(
-        (path for path in files if 200 < path.stat().st_size <= LONGEST_FILE),
+    chosen = sorted(
+        (path for path in files if SHORTEST_FILE < path.stat().st_size <= LONGEST_FILE),
         key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(),
     )
+    return tuple(chosen)
 
 
 def split_text(limit_bytes: int) -> tuple[list[str], list[str]]:
@@ -67,8 +71,8 @@ def split_text(limit_bytes: int) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
-def sentences(count: int, *, skip: int = 0) -> list[str]:
-    """`count` different whole sentences from the docstrings of the standard library, after `skip` others.
+def sentences(count: int) -> list[str]:
+    """`count` different whole sentences from the docstrings of the standard library, always the same ones.
 
     raises   ValueError if the library holds fewer
     """
@@ -76,9 +80,9 @@ def sentences(count: int, *, skip: int = 0) -> list[str]:
     for path in library_files():
         for sentence in _sentences_of(path):
             found.setdefault(sentence)
-            if len(found) == skip + count:
-                return list(found)[skip:]
-    raise ValueError(f"the standard library's docstrings hold {len(found)} sentences, {skip + count} were asked for")
+            if len(found) == count:
+                return list(found)
+    raise ValueError(f"the standard library's docstrings hold {len(found)} sentences, {count} were asked for")
 
 
 def _sentences_of(path: Path) -> Iterator[str]:

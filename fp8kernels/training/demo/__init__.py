@@ -49,7 +49,8 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
     _print_text(screen, served)
     screen.print(
         f"{found['seconds']:.0f} s. Loss curves: {out / 'loss.png'}. Numbers: {out / 'results.json'}. "
-        f"8-bit checkpoint: {out / 'model-hif8'}",
+        f"8-bit checkpoint: {out / 'model-hif8'}\n"
+        f"It goes on from any prompt: python -m fp8kernels generate {out / 'model-hif8'} --prompt 'import '",
         soft_wrap=True,
     )
     return found

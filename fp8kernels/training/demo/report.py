@@ -94,7 +94,7 @@ def plot(training: TrainingResult, path: Path) -> None:
     for panel in (losses, difference):
         panel.grid(alpha=0.3)
     losses.set_title(
-        f"Llama, {training.parameters / 1e6:.1f} M parameters, on Python's standard library: "
+        f"Llama, {training.parameters / 1e6:.1f} M parameters, on Python's standard library;\n"
         f"HiF8 W8A8 beside BF16 from step {begin}"
     )
     try:

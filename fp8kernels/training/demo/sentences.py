@@ -50,8 +50,8 @@ class SentenceResult:
 
 def run(size: DemoSize, advance: Callable[[str], None]) -> list[SentenceResult]:
     """fp32 itself, BF16 and both 8-bit formats; `advance` is called after each batch with what comes next."""
-    texts = sentences(size.sentences)
-    others = sentences(size.calibration, skip=size.sentences)
+    found = sentences(size.sentences + size.calibration)
+    texts, others = found[: size.sentences], found[size.sentences :]
     model, tokenizer = load_minilm()
     batches, calibration = _batches(tokenizer, texts), _batches(tokenizer, others)
     truth = _embed(model, batches, partial(advance, "sentences, fp32"))  # [S, 384]
