@@ -18,8 +18,8 @@ __global__ void copy_kernel(const unsigned char* from, unsigned char* to, size_t
 int copy_cuda(const void* from, void* to, size_t bytes, void* stream) {
     if (bytes == 0) return cudaSuccess;
     const auto blocks = static_cast<unsigned>((bytes + kThreads - 1) / kThreads);
-    copy_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const unsigned char*>(from), static_cast<unsigned char*>(to), bytes);
+    copy_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const unsigned char*>(from),
+                                                                            static_cast<unsigned char*>(to), bytes);
     return cudaGetLastError();
 }
 

@@ -85,7 +85,8 @@ struct ToBf16 {
     }
     static void product(__m512i words, __m512 scale, __m512i out[1]) {
         const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+        const __m512 odd =
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
         const __m512i low = _mm512_srli_epi32(round(_mm512_mul_ps(even, scale)), 16);
         out[0] = _mm512_mask_blend_epi16(0xAAAAAAAAu, low, round(_mm512_mul_ps(odd, scale)));
     }
@@ -117,10 +118,10 @@ struct ToFp32 {
 template <class To>
 struct Kernel {
     using T = typename To::T;
-    static constexpr int kVectors = sizeof(T) / 2;          // that 32 elements take
-    static constexpr int64_t kElements = 64 / sizeof(T);    // in a vector
+    static constexpr int kVectors = sizeof(T) / 2;        // that 32 elements take
+    static constexpr int64_t kElements = 64 / sizeof(T);  // in a vector
 
-    static constexpr bool kLooksUp = kVectors == 1;         // a table of 256 fp32 numbers would need 16 vectors
+    static constexpr bool kLooksUp = kVectors == 1;  // a table of 256 fp32 numbers would need 16 vectors
 
     static T narrow(float x) { return To::narrow(x); }
 

@@ -36,9 +36,9 @@ void run(const DequantizeArgs& args) {
     // A unit is a piece of a long run, or several short runs of one row.
     const bool is_long = block_cols >= kLongRun;
     const int64_t wide = is_long ? kPiece : kPiece / block_cols * block_cols;
-    const int64_t cells = is_long ? args.grid_cols : 1;             // of a row: what units do not cross
-    const int64_t cell = cols / cells;                              // elements
-    const int64_t units = (cell + wide - 1) / wide;                 // in a cell
+    const int64_t cells = is_long ? args.grid_cols : 1;               // of a row: what units do not cross
+    const int64_t cell = cols / cells;                                // elements
+    const int64_t units = (cell + wide - 1) / wide;                   // in a cell
     const int64_t grain = wide < cell ? 1 : (kPiece - 1) / cell + 1;  // short rows go together
     T* const out = static_cast<T*>(args.out);
     const bool stream = args.rows * args.cols * static_cast<int64_t>(sizeof(T)) >= kStream;

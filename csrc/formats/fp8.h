@@ -44,8 +44,9 @@ struct E4M3 : Fp8<3, -6> {
     static constexpr uint8_t kMaxCode = 0x7E;
     static constexpr uint8_t kInfCode = 0x7F;  // there is no infinity: overflow is NaN, without a sign
     static constexpr uint8_t kNanCode = 0x7F;
-    static constexpr uint32_t kMaxBits = fp32_bits(8, 6, 3);               // 448
-    static constexpr uint32_t kOverflowBits = fp32_bits(8, 13, 4) + 1;     // the next number after 464, a tie that goes down
+    static constexpr uint32_t kMaxBits = fp32_bits(8, 6, 3);  // 448
+    static constexpr uint32_t kOverflowBits =
+        fp32_bits(8, 13, 4) + 1;  // the next number after 464, a tie that goes down
 
     FP8K_HD static constexpr uint8_t encode_bits(uint32_t bits, bool saturate) {
         const uint32_t magnitude = bits & kMagnitude;

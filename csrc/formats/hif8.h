@@ -18,8 +18,8 @@ struct HiF8 {
     static constexpr uint8_t kNanCode = 0x80;
     static constexpr bool kNegativeZero = false;
     static constexpr bool kTiesAway = true;
-    static constexpr uint32_t kMaxBits = fp32_bits(15);               // 32768
-    static constexpr uint32_t kOverflowBits = fp32_bits(15, 1, 2);    // 40960: from here on it overflows
+    static constexpr uint32_t kMaxBits = fp32_bits(15);             // 32768
+    static constexpr uint32_t kOverflowBits = fp32_bits(15, 1, 2);  // 40960: from here on it overflows
     static constexpr int kSmallestExponent = -22;
     static constexpr int kLargestExponent = 15;
 

@@ -92,7 +92,8 @@ class Driver {
     void encode(const Piece& piece, float scale, Tally& tally) const {
         const BlockScale block{scale, args_.saturate};
         for (int64_t r = piece.row; r < piece.row + piece.rows; ++r) {
-            Kernel::encode(x_ + r * stride_ + piece.col, args_.codes + r * cols_ + piece.col, piece.cols, block, stream_, tally);
+            Kernel::encode(x_ + r * stride_ + piece.col, args_.codes + r * cols_ + piece.col, piece.cols, block,
+                           stream_, tally);
         }
     }
 
@@ -108,8 +109,8 @@ class Driver {
         return {index, index / grid_cols_ * block_rows_, index % grid_cols_ * block_cols_, block_rows_, block_cols_};
     }
 
-    // Blocks side by side, `count` of them from `b` on. Reading whole rows of the strip, rather than one block after the
-    // other, keeps the processor's prefetcher on the track.
+    // Blocks side by side, `count` of them from `b` on. Reading whole rows of the strip, rather than one block after
+    // the other, keeps the processor's prefetcher on the track.
     void run_strip(int64_t b, int64_t count, Tally& tally) const {
         const Piece strip = block(b);
         const float* given = args_.scale_in + b;
@@ -153,7 +154,8 @@ class Driver {
             Tally tally;
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t first = i % strips * wide;
-                run_strip(i / strips * grid_cols_ + first, grid_cols_ - first < wide ? grid_cols_ - first : wide, tally);
+                run_strip(i / strips * grid_cols_ + first, grid_cols_ - first < wide ? grid_cols_ - first : wide,
+                          tally);
             }
             finish(tally);
         });

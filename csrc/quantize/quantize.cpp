@@ -55,7 +55,8 @@ void transpose_bytes(const uint8_t* from, uint8_t* to, int64_t rows, int64_t col
             const int64_t r1 = r0 + kTile < rows ? r0 + kTile : rows, c1 = c0 + kTile < cols ? c0 + kTile : cols;
             const int64_t whole_rows = r0 + (r1 - r0) / 8 * 8, whole_cols = c0 + (c1 - c0) / 8 * 8;
             for (int64_t c = c0; c < whole_cols; c += 8) {
-                for (int64_t r = r0; r < whole_rows; r += 8) transpose_8x8(from + r * cols + c, cols, to + c * rows + r, rows);
+                for (int64_t r = r0; r < whole_rows; r += 8)
+                    transpose_8x8(from + r * cols + c, cols, to + c * rows + r, rows);
             }
             for (int64_t r = r0; r < r1; ++r) {
                 for (int64_t c = r < whole_rows ? whole_cols : c0; c < c1; ++c) to[c * rows + r] = from[r * cols + c];

@@ -83,10 +83,12 @@ struct EncodeHiF8 {
         e = _mm256_sub_epi32(_mm256_srli_epi32(rounded, kMantissaBits), bias);
         const __m256i size = _mm256_abs_epi32(e), below_zero = _mm256_srai_epi32(e, 31);
         kept = kTables.kept.look_up(size);
-        __m256i first = _mm256_add_epi32(kTables.first.look_up(size), _mm256_and_si256(below_zero, kTables.negative.look_up(size)));
+        __m256i first =
+            _mm256_add_epi32(kTables.first.look_up(size), _mm256_and_si256(below_zero, kTables.negative.look_up(size)));
         const __m256i denormal = _mm256_cmpgt_epi32(splat(static_cast<uint32_t>(-15)), e);
         first = _mm256_blendv_epi8(first, _mm256_add_epi32(e, splat(23)), denormal);
-        const __m256i mantissa = _mm256_srlv_epi32(_mm256_and_si256(rounded, splat(0x7FFFFF)), _mm256_sub_epi32(splat(kMantissaBits), kept));
+        const __m256i mantissa =
+            _mm256_srlv_epi32(_mm256_and_si256(rounded, splat(0x7FFFFF)), _mm256_sub_epi32(splat(kMantissaBits), kept));
         const __m256i flushed = _mm256_cmpgt_epi32(smallest, as_int(y));
         return _mm256_andnot_si256(flushed, _mm256_add_epi32(first, mantissa));
     }
@@ -146,7 +148,8 @@ struct Kernel {
         const __m256i nan = as_int(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
         const __m256i nonfinite = _mm256_cmpgt_epi32(size, splat(kInfBits - 1));
         const __m256i zero = _mm256_setzero_si256();
-        __m256i codes = Encode::codes(_mm256_min_ps(y, as_float(splat(Fmt::kMaxBits))));  // NaN becomes the largest, for now
+        __m256i codes =
+            Encode::codes(_mm256_min_ps(y, as_float(splat(Fmt::kMaxBits))));  // NaN becomes the largest, for now
         const __m256i is_zero = _mm256_cmpeq_epi32(codes, zero);
         const __m256i silent = _mm256_or_si256(_mm256_cmpeq_epi32(size, zero), nonfinite);
         tally.saturated += count(overflow);

@@ -49,9 +49,7 @@ struct EvenOdd {
 };
 
 struct LowHigh {
-    static constexpr uint8_t place(int i) {
-        return static_cast<uint8_t>(i / 32 * 64 + i % 16 * 4 + i % 32 / 16 * 2);
-    }
+    static constexpr uint8_t place(int i) { return static_cast<uint8_t>(i / 32 * 64 + i % 16 * 4 + i % 32 / 16 * 2); }
     static uint32_t order(uint32_t a, uint32_t b) { return a | b << 16; }
 };
 
@@ -133,11 +131,13 @@ struct Fp32 {
     };
     static float widen(T x) { return x; }
     static Group load(const T* x) {
-        return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + 16), _mm512_loadu_si512(x + 32), _mm512_loadu_si512(x + 48)}};
+        return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + 16), _mm512_loadu_si512(x + 32),
+                 _mm512_loadu_si512(x + 48)}};
     }
     static Group load(const T* x, __mmask64 lanes) {
         Group g;
-        for (int i = 0; i < 4; ++i) g.w[i] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes >> 16 * i), x + 16 * i);
+        for (int i = 0; i < 4; ++i)
+            g.w[i] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes >> 16 * i), x + 16 * i);
         return g;
     }
     static __m512i magnitude(__m512i w) { return _mm512_and_si512(w, splat32(kMagnitude)); }
@@ -291,7 +291,8 @@ struct Kernel {
             Input::magnitudes(g, half, a, b);
             a = _mm512_div_ps(a, scale);
             b = _mm512_div_ps(b, scale);
-            over[half] = Order::order(_mm512_cmp_ps_mask(a, overflow, _CMP_GE_OQ), _mm512_cmp_ps_mask(b, overflow, _CMP_GE_OQ));
+            over[half] =
+                Order::order(_mm512_cmp_ps_mask(a, overflow, _CMP_GE_OQ), _mm512_cmp_ps_mask(b, overflow, _CMP_GE_OQ));
             nan[half] = Order::order(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q));
             words[half] = Encode::words(_mm512_min_ps(a, top), _mm512_min_ps(b, top));  // NaN becomes top, for now
         }
@@ -312,7 +313,8 @@ struct Kernel {
 
     // The smallest amax, as bits, that needs the careful path; a little low is safe.
     static uint32_t limit(float scale) {
-        const bool exact = Input::kDivide ? scale > 0 && scale <= 0x1.FFFFFEp127f : scale >= 0x1p-60f && scale <= 0x1p100f;
+        const bool exact =
+            Input::kDivide ? scale > 0 && scale <= 0x1.FFFFFEp127f : scale >= 0x1p-60f && scale <= 0x1p100f;
         if (!exact) return 0;
         return bits_from_float(float_from_bits(Fmt::kOverflowBits) * scale * 0.9999f);
     }

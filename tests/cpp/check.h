@@ -9,15 +9,15 @@ inline int& failures() {
 }
 
 // The rest of the arguments is a printf format and its values, shown when `condition` is false.
-#define CHECK(condition, ...)                                                     \
-    do {                                                                          \
-        if (!(condition)) {                                                       \
-            if (++failures() <= 20) {                                             \
+#define CHECK(condition, ...)                                                        \
+    do {                                                                             \
+        if (!(condition)) {                                                          \
+            if (++failures() <= 20) {                                                \
                 std::printf("%s:%d: %s is false: ", __FILE__, __LINE__, #condition); \
-                std::printf(__VA_ARGS__);                                         \
-                std::printf("\n");                                                \
-            }                                                                     \
-        }                                                                         \
+                std::printf(__VA_ARGS__);                                            \
+                std::printf("\n");                                                   \
+            }                                                                        \
+        }                                                                            \
     } while (0)
 
 inline int report(const char* what) {

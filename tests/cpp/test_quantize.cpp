@@ -20,8 +20,23 @@ Result quantize_all(const std::vector<float>& x, FormatId fmt, bool saturate) {
     const auto n = static_cast<int64_t>(x.size());
     Result out{std::vector<uint8_t>(x.size()), 0, 0, {}};
     const float scale = 1.0f;
-    quantize({x.data(), InputType::fp32, 1, n, n, 1, 1, &scale, &out.scale, &out.amax, out.codes.data(), out.counts, fmt,
-              1.0f, {1.0f, false}, saturate, 1});
+    quantize({x.data(),
+              InputType::fp32,
+              1,
+              n,
+              n,
+              1,
+              1,
+              &scale,
+              &out.scale,
+              &out.amax,
+              out.codes.data(),
+              out.counts,
+              fmt,
+              1.0f,
+              {1.0f, false},
+              saturate,
+              1});
     return out;
 }
 
@@ -38,7 +53,8 @@ void check_format(const char* isa, const char* fmt) {
             int64_t saturated = 0, flushed = 0, nonfinite = 0;
             for (size_t i = 0; i < x.size(); ++i) {
                 const uint8_t want = judge<Fmt>(x[i], saturate);
-                CHECK(got.codes[i] == want, "%s %s: %a gives %02x, nearest is %02x", isa, fmt, x[i], got.codes[i], want);
+                CHECK(got.codes[i] == want, "%s %s: %a gives %02x, nearest is %02x", isa, fmt, x[i], got.codes[i],
+                      want);
                 const float size = std::fabs(x[i]);
                 saturated += size >= float_from_bits(Fmt::kOverflowBits);
                 flushed += size > 0 && decode_table(Fmt::kId)[want] == 0;

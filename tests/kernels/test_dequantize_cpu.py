@@ -67,7 +67,9 @@ def test_grids(dtype: torch.dtype) -> None:
 
 def test_empty_why_not_and_errors() -> None:
     for shape in ((0, 4), (4, 0)):
-        assert cpu.dequantize(torch.empty(shape, dtype=torch.uint8), torch.ones(1, 1), E5M2, torch.bfloat16).shape == shape
+        assert (
+            cpu.dequantize(torch.empty(shape, dtype=torch.uint8), torch.ones(1, 1), E5M2, torch.bfloat16).shape == shape
+        )
     codes, scale = torch.zeros(4, 6, dtype=torch.uint8), torch.ones(1, 1)
     assert "meta" in cpu.why_not(codes.to("meta"), scale, HIF8, torch.float32)
     assert "float64" in cpu.why_not(codes, scale.double(), HIF8, torch.float32)

@@ -141,7 +141,9 @@ def test_quotient(fmt: Format) -> None:
         assert_same(x, scale, Rounding(fmt, ROW, fmt.target))
 
 
-@pytest.mark.parametrize("shape", ((1, 1), (1, 1000), (1000, 1), (3, 17), (5, 127), (7, 128), (9, 129), (2, 70000), (400, 300)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((1, 1), (1, 1000), (1000, 1), (3, 17), (5, 127), (7, 128), (9, 129), (2, 70000), (400, 300)), ids=str
+)
 def test_shapes(shape: tuple[int, int]) -> None:
     for dtype in DTYPES:
         x = fill("randn", shape, dtype)
@@ -152,7 +154,13 @@ def test_shapes(shape: tuple[int, int]) -> None:
 
 def test_strides() -> None:
     wide = torch.randn(256, 700).bfloat16()
-    for x in (wide[:, 3:259], wide[::2, :256], wide.t()[:512:4], wide[:, ::2][:, :128], wide[5:6].expand(256, 700)[:, :128]):
+    for x in (
+        wide[:, 3:259],
+        wide[::2, :256],
+        wide.t()[:512:4],
+        wide[:, ::2][:, :128],
+        wide[5:6].expand(256, 700)[:, :128],
+    ):
         for block in (TENSOR, ROW, ODD, BLOCK_128X128):
             if x.shape[0] % (block.rows or 1) == 0:
                 grid = block.grid(*x.shape)
@@ -173,7 +181,12 @@ def test_large_blocks_on_two_threads() -> None:
 
 @pytest.mark.parametrize(("margin", "power_of_two"), ((0, True), (1, False), (2, True), (-3, False)))
 def test_scale_rule(margin: int, power_of_two: bool) -> None:  # noqa: FBT001
-    for x in (torch.randn(64, 256) * 100, torch.full((8, 128), 448.0), torch.full((8, 128), 1e-44), torch.full((8, 128), 3e38)):
+    for x in (
+        torch.randn(64, 256) * 100,
+        torch.full((8, 128), 448.0),
+        torch.full((8, 128), 1e-44),
+        torch.full((8, 128), 3e38),
+    ):
         for fmt in FMTS:
             how = Rounding(fmt, ROW, fmt.grad_target, margin, power_of_two)
             got = assert_same(x, torch.zeros(x.shape[0], 1), how)
@@ -185,7 +198,9 @@ def test_empty(shape: tuple[int, int]) -> None:
     for block in BLOCKS.values():
         grid = block.grid(*shape)
         seen = new_observer()
-        got = cpu.quantize(torch.empty(shape), torch.zeros(grid), Rounding(HIF8, block, 15.0), transpose=True, observer=seen)
+        got = cpu.quantize(
+            torch.empty(shape), torch.zeros(grid), Rounding(HIF8, block, 15.0), transpose=True, observer=seen
+        )
         assert got.codes.shape == shape
         assert got.codes_t.shape == shape[::-1]
         assert torch.equal(got.scale, torch.ones(grid))

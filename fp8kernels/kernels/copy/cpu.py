@@ -8,7 +8,7 @@ from torch import Tensor
 try:
     from ... import _cpu  # after torch, whose OpenMP threads it shares
 except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"
+    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
 
 
 def why_not(x: Tensor) -> str | None:

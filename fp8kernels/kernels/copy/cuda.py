@@ -8,7 +8,7 @@ from torch import Tensor
 try:
     from ... import _cuda
 except ImportError as error:
-    _cuda, MISSING = None, f"the compiled module fp8kernels._cuda is not in this build (no nvcc?): {error}"
+    _cuda, MISSING = None, f"the compiled module fp8kernels._cuda is not in this build (no nvcc?): {error}"  # type: ignore[assignment]
 
 
 def why_not(x: Tensor) -> str | None:

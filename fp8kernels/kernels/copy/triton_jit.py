@@ -22,7 +22,9 @@ def why_not(x: Tensor) -> str | None:
     if triton is None:
         return MISSING
     if x.device.type == "cpu" and not INTERPRETED:
-        return "x is on the CPU: Triton runs there only in its interpreter, with TRITON_INTERPRET=1 set before the start"
+        return (
+            "x is on the CPU: Triton runs there only in its interpreter, with TRITON_INTERPRET=1 set before the start"
+        )
     if x.device.type not in ("cpu", "cuda"):
         return f"x is on {x.device}: this kernel takes CUDA tensors"
     return None
@@ -41,7 +43,7 @@ def copy(x: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def copy_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201
+    def copy_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """One program a block of bytes."""
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < count), mask=at < count)

@@ -15,7 +15,7 @@ from ...formats import Format
 try:
     from ... import _cpu  # after torch, whose OpenMP threads it shares
 except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"
+    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
 
 OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # OutputType of csrc/dequantize/dequantize.h
 

@@ -17,7 +17,7 @@ from . import Observer, Quantized, Rounding
 try:
     from ... import _cpu  # after torch, whose OpenMP threads it shares
 except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"
+    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
 
 INPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # InputType of csrc/quantize/quantize.h
 
@@ -36,7 +36,9 @@ def why_not(
         return f"scale is {scale.dtype}: it is fp32"
     if x.layout != torch.strided or x.is_conj():
         return f"x has layout {x.layout}: this kernel takes strided tensors"
-    if observer is not None and not (_is_state(observer.pending, torch.float32) and _is_state(observer.counters, torch.int64)):
+    if observer is not None and not (
+        _is_state(observer.pending, torch.float32) and _is_state(observer.counters, torch.int64)
+    ):
         return "the observer is not contiguous fp32 and int64 CPU tensors"
     return None
 
@@ -54,7 +56,9 @@ def quantize(
     """
     grid = how.block.grid(*x.shape)
     if tuple(scale.shape) != grid:
-        raise ValueError(f"scale is {list(scale.shape)}: block {how.block.name!r} of x {list(x.shape)} has {list(grid)}")
+        raise ValueError(
+            f"scale is {list(scale.shape)}: block {how.block.name!r} of x {list(x.shape)} has {list(grid)}"
+        )
     rows, cols = x.shape
     codes = torch.empty(rows, cols, dtype=torch.uint8)
     codes_t = torch.empty(cols, rows, dtype=torch.uint8) if transpose else None
