@@ -50,7 +50,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
     screen.print(
         f"{found['seconds']:.0f} s. Loss curves: {out / 'loss.png'}. Numbers: {out / 'results.json'}. "
         f"8-bit checkpoint: {out / 'model-hif8'}\n"
-        f"It goes on from any prompt: python -m fp8kernels generate {out / 'model-hif8'} --prompt 'import '",
+        f"It goes on from any prompt: python -m fp8kernels generate {out / 'model-hif8'} --prompt 'def __init__(self'",
         soft_wrap=True,
     )
     return found

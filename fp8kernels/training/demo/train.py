@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from ..pair import Curves, cosine_schedule, fork, train_pair
 from ..step import adamw, set_learning_rate, train_step, validation_loss
 from ..text import split_text
 from ..tokens import byte_tokenizer, consecutive_batches, random_batches, token_stream
-from .size import FULL, DemoSize
+from .size import DemoSize
 
 RECIPE = "hif8-qat"
 SEED = 2026
@@ -128,21 +127,3 @@ def fresh(size: DemoSize, tokenizer: Any = None) -> tuple[nn.Module, torch.optim
     end = 0 if tokenizer is None else tokenizer.eos_token_id
     model = llama(size.llama, bos_token_id=end, eos_token_id=end, pad_token_id=end)
     return model, adamw(model, size.learning_rate)
-
-
-def step_pair(size: DemoSize = FULL) -> tuple[Callable[[], float], Callable[[], float]]:
-    """The demo model's training step in BF16 and in HiF8 QAT, for timing: each call is one optimizer step.
-
-    Both walk through the same random tokens; time does not depend on the text.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (size.batch, size.sequence)
-    batches = [torch.randint(size.llama.vocab, shape, generator=generator) for _ in range(8)]
-    plain, plain_optimizer = fresh(size)
-    qat, qat_optimizer = fork(plain, plain_optimizer)
-    convert(qat, RECIPE, verbose=False)
-    plain_batches, qat_batches = itertools.cycle(batches), itertools.cycle(batches)
-    return (
-        lambda: train_step(plain, plain_optimizer, next(plain_batches)),
-        lambda: train_step(qat, qat_optimizer, next(qat_batches)),
-    )
