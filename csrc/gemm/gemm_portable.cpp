@@ -1,4 +1,6 @@
 // gemm in plain C++, in a shape that compilers vectorise.
+#include <cstring>
+
 #include "gemm/levels.h"
 #include "gemm/unpack_fp32.h"
 
@@ -22,16 +24,18 @@ struct Portable {
         pack_cols_fp32<kWidth>(to, codes, row_stride, col_stride, cols, depth, decoder);
     }
 
+    // All rows of a tile, also those past the edge, which repeat the last one: constant bounds are what vectorises.
     static void dot(float (&sum)[kRows][kWidth], const Tile<float>& t, int64_t from, int64_t depth) {
-        for (int64_t i = 0; i < t.rows; ++i) {
-            const float* x = t.x + i * t.x_stride + from;
-            const float* w = t.w + from * kWidth;
-            float row[kWidth] = {};
-            for (int64_t k = 0; k < depth; ++k) {
-                for (int j = 0; j < kWidth; ++j) row[j] += x[k] * w[k * kWidth + j];
+        const float* x[kRows];
+        for (int i = 0; i < kRows; ++i) x[i] = t.x + (i < t.rows ? i : t.rows - 1) * t.x_stride + from;
+        const float* w = t.w + from * kWidth;
+        float row[kRows][kWidth] = {};
+        for (int64_t k = 0; k < depth; ++k) {
+            for (int i = 0; i < kRows; ++i) {
+                for (int j = 0; j < kWidth; ++j) row[i][j] += x[i][k] * w[k * kWidth + j];
             }
-            for (int j = 0; j < kWidth; ++j) sum[i][j] = row[j];
         }
+        std::memcpy(sum, row, sizeof row);
     }
 
     static void tile(const Tile<Element>& t) { tile_fp32<kRows, kWidth>(t, dot); }

@@ -34,9 +34,14 @@ inline void unpack_rows_fp32(float* to, int64_t stride, const uint8_t* codes, in
 template <int kWidth>
 inline void pack_cols_fp32(float* to, const uint8_t* codes, int64_t row_stride, int64_t col_stride, int64_t cols,
                            int64_t depth, const Fp32Decoder& decoder) {
-    for (int64_t k = 0; k < depth; ++k) {
+    constexpr int64_t kLine = 64;  // codes of a cache line: used up before other columns may push it out
+    const int64_t step = col_stride == 1 ? kLine : 1;
+    for (int64_t first = 0; first < depth; first += step) {
+        const int64_t end = first + step < depth ? first + step : depth;
         for (int64_t j = 0; j < kWidth; ++j) {
-            to[k * kWidth + j] = j < cols ? decoder.table[codes[j * row_stride + k * col_stride]] : 0.0f;
+            for (int64_t k = first; k < end; ++k) {
+                to[k * kWidth + j] = j < cols ? decoder.table[codes[j * row_stride + k * col_stride]] : 0.0f;
+            }
         }
     }
 }
