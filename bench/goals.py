@@ -7,6 +7,7 @@ python -m bench.goals                 print goal, newest row and gap; exit 1 whe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import importlib
 import os
@@ -106,19 +107,29 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def measure(goal: Goal, seconds: float = SECONDS) -> ledger.Row:
-    """Check, time, and return the row; over several placements in memory, as the physical pages a buffer gets matter."""
+    """Check, time, and return the row; over several placements in memory, because the pages a buffer gets matter."""
     ours: list[float] = []
     baseline: list[float] = []
     for _ in range(PLACEMENTS):
-        reuse_freed_memory(on=False)
-        case = goal.case()
-        reuse_freed_memory(on=case.reuse)
-        with forced(case.backend):
-            case.check()
-            more, more_baseline = take_turns(case.ours, case.baseline, seconds / PLACEMENTS)
+        case, more, more_baseline = place(goal, seconds / PLACEMENTS)
         ours, baseline = ours + more, baseline + more_baseline
         gc.collect()
     return ledger.row(case, summary(ours, baseline), goal.name)
+
+
+def place(goal: Goal, seconds: float) -> tuple[Case, list[float], list[float]]:
+    """One placement: the case without its buffers, and the samples of both sides."""
+    reuse_freed_memory(on=False)
+    case = goal.case()
+    reuse_freed_memory(on=case.reuse)
+    with forced(case.backend):
+        case.check()
+        ours, baseline = take_turns(case.ours, case.baseline, seconds)
+    return dataclasses.replace(case, ours=idle, baseline=idle, check=idle), ours, baseline
+
+
+def idle() -> None:
+    """Nothing: what stands in a case whose buffers are gone."""
 
 
 def table(chosen: Sequence[Goal], rows: Sequence[ledger.Row]) -> tuple[Table, bool]:
