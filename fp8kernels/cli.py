@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -40,14 +42,24 @@ def demo(
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="what fp8kernels.export wrote")],
-    prompt: Annotated[str, typer.Option(help="the text to go on from")] = "def ",
+    prompt: Annotated[str, typer.Option(help="the text to go on from")],
     new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 64,
+    repeats: Annotated[int, typer.Option(help="more than 1: timed after a warm-up, the median counts")] = 1,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="print the run as one JSON object")] = False,
 ) -> None:
     """Load an exported model with its 8-bit weights and go on from a prompt."""
-    from .serving.generate import generate as run
+    from .serving import generate as run
 
-    done = run(folder, prompt, new_tokens=new_tokens)
-    typer.echo(done.text)
+    try:
+        done = run(folder, prompt, new_tokens=new_tokens, repeats=repeats)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+    else:
+        typer.echo(f"{done.text}\n\n{done.tokens_per_second:.1f} tokens/s")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

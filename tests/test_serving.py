@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fp8kernels.cli import app
 from fp8kernels.convert import convert
 from fp8kernels.export import export
 from fp8kernels.export.layout import MANIFEST, WEIGHTS, file_stamp
 from fp8kernels.models.llama import LlamaSize, llama
 from fp8kernels.nn.inference import InferenceLinear
 from fp8kernels.serving import generate, load
-from fp8kernels.serving.__main__ import main
 from fp8kernels.training.step import adamw, train_step
 from fp8kernels.training.tokens import byte_tokenizer, random_batches, token_stream
 
@@ -58,7 +59,7 @@ def test_a_new_process_generates_the_text_of_the_trained_model(trained) -> None:
     wanted = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, min_new_tokens=8
     )
-    command = [sys.executable, "-m", "fp8kernels.serving", str(folder), "--prompt", PROMPT, "--new-tokens", "8"]
+    command = [sys.executable, "-m", "fp8kernels", "generate", str(folder), "--prompt", PROMPT, "--new-tokens", "8"]
     done = subprocess.run(
         [*command, "--repeats", "2", "--json"], capture_output=True, text=True, check=False, timeout=120
     )
@@ -97,12 +98,13 @@ def test_codes_take_half_the_memory_of_bf16(trained, tmp_path: Path) -> None:
     ],
     ids=["foreign", "list", "empty", "no-config", "class"],
 )
-def test_bad_folders_are_told_in_one_line(spoil, match: str, trained, tmp_path: Path, capsys) -> None:
+def test_bad_folders_are_told_in_one_line(spoil, match: str, trained, tmp_path: Path) -> None:
     _, _, folder = trained
     bad = Path(shutil.copytree(folder, tmp_path / "bad"))
     spoil(bad)
-    assert main([str(bad), "--prompt", PROMPT]) == 2
-    said = capsys.readouterr().err
+    done = CliRunner().invoke(app, ["generate", str(bad), "--prompt", PROMPT])
+    assert done.exit_code == 2
+    said = done.stderr
     assert said.startswith("error: ")
     assert match in said
     assert str(bad) in said

@@ -36,6 +36,17 @@ CASES = {
         torch.float32,
     ),
     "gemm_no_bias": lambda: (*operand(4, 16), *operand(8, 16), None, torch.bfloat16),
+    "linear": lambda: (
+        torch.randn(4, 16),
+        torch.zeros(1, 1),
+        "hif8",
+        "tensor",
+        15.0,
+        False,
+        *operand(8, 16),
+        None,
+        torch.bfloat16,
+    ),
     "fake_quantize": lambda: (
         torch.randn(4, 16, requires_grad=True),
         torch.zeros(1, 1),

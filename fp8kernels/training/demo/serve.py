@@ -71,7 +71,7 @@ def serve(folder: Path, size: DemoSize) -> dict[str, Any]:
 
     raises   RuntimeError with what the process said, if it failed
     """
-    command = [sys.executable, "-m", "fp8kernels.serving", str(folder), "--json", "--prompt", PROMPT]
+    command = [sys.executable, "-m", "fp8kernels", "generate", str(folder), "--json", "--prompt", PROMPT]
     command += ["--new-tokens", str(size.new_tokens), "--repeats", str(size.repeats)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
