@@ -15,6 +15,7 @@ from rich.table import Table
 from . import __version__
 from .formats import FORMATS
 from .kernels.commit import ScaleRule
+from .kernels.compiled import load
 from .ops import quantize
 from .ops.explain import explain
 from .ops.table import BACKEND_VARIABLE, TABLE
@@ -87,10 +88,9 @@ def _cpu() -> dict[str, str]:
 
 
 def _isa() -> str:
-    try:
-        from . import _cpu as compiled
-    except ImportError as error:
-        return f"absent: {error}"
+    compiled, reason = load("_cpu")
+    if compiled is None:
+        return f"absent: {reason}"
     return f"{compiled.current_isa()} (this processor runs up to {compiled.detected_isa()})"
 
 

@@ -117,7 +117,7 @@ def test_only_kernels_touch_the_compiled_modules() -> None:
         for path in MODULES
         if not allowed(path)
         for line, name in imports(path, parse(path))
-        if re.search(r"\b_(cpu|cuda)\b", name)
+        if re.search(r"\b_(cpu|cuda)\b", name) or name == "fp8kernels.kernels.compiled.load"
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -20,7 +20,7 @@ constexpr int64_t kAlign = 64;
 constexpr int64_t kPackRowCost = 10;
 constexpr int64_t kPackColCost = 20;
 constexpr int64_t kProductCost = 2;
-// Products below which another thread costs more than it brings.
+// Products below which another thread is not worth waking; an estimate of 20 us of work, not a measured optimum.
 constexpr int64_t kGrain = 1 << 17;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..compiled import load
 from . import ScaleRule, State
 
-try:
-    from ... import _cpu  # after torch, whose OpenMP threads it shares
-except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
+_cpu, MISSING = load("_cpu")
 
 ALGORITHMS = {"max": 0, "moving_average": 1, "most_recent": 2}  # Algorithm of csrc/commit/commit.h
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    from ... import _cpu  # after torch, whose OpenMP threads it shares
-except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
+from ..compiled import load
+
+_cpu, MISSING = load("_cpu")
 
 
 def why_not(x: Tensor) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    from ... import _cuda
-except ImportError as error:
-    _cuda, MISSING = None, f"the compiled module fp8kernels._cuda is not in this build (no nvcc?): {error}"  # type: ignore[assignment]
+from ..compiled import load
+
+_cuda, MISSING = load("_cuda", " (built without nvcc?)")
 
 
 def why_not(x: Tensor) -> str | None:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from ...formats import Format
+from ..compiled import load
 
-try:
-    from ... import _cpu  # after torch, whose OpenMP threads it shares
-except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
+_cpu, MISSING = load("_cpu")
 
 OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # OutputType of csrc/dequantize/dequantize.h
 

@@ -14,12 +14,10 @@ import threading
 import torch
 from torch import Tensor
 
+from ..compiled import load
 from . import Operand
 
-try:
-    from ... import _cpu  # after torch, whose OpenMP threads it shares
-except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
+_cpu, MISSING = load("_cpu")
 
 SUMS = (torch.float32, torch.bfloat16)  # of out and bias
 _local = threading.local()  # .workspace: a uint8 tensor that grows to the largest product a thread has made

@@ -12,12 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiled import load
 from . import Observer, Quantized, Rounding
 
-try:
-    from ... import _cpu  # after torch, whose OpenMP threads it shares
-except ImportError as error:  # pragma: no cover - a build without the compiled module
-    _cpu, MISSING = None, f"the compiled module fp8kernels._cpu does not load: {error}"  # type: ignore[assignment]
+_cpu, MISSING = load("_cpu")
 
 INPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # InputType of csrc/quantize/quantize.h
 

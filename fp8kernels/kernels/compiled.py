@@ -1,0 +1,16 @@
+"""Loading a compiled module, or saying why it is absent."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch  # noqa: F401  first, so that the compiled module shares its OpenMP threads
+
+
+def load(name: str, hint: str = "") -> tuple[Any, str]:
+    """The module fp8kernels.<name> and ""; or None and the reason, in words, that it does not load."""
+    try:
+        return importlib.import_module(f"fp8kernels.{name}"), ""
+    except ImportError as error:
+        return None, f"the compiled module fp8kernels.{name} does not load{hint}: {error}"
