@@ -95,7 +95,7 @@ class Format:
         grid = torch.tensor([value for value, _ in self.magnitudes], dtype=torch.float64, device=y.device)  # [n]
         codes = torch.tensor([code for _, code in self.magnitudes], dtype=torch.uint8, device=y.device)  # [n]
         midpoints = (grid[1:] + grid[:-1]) / 2  # [n - 1] exact: the values have few bits
-        magnitude = y.double().abs()  # exact
+        magnitude = y.double().abs().contiguous()  # exact
         above = torch.searchsorted(midpoints, magnitude, right=True)  # a tie goes up, away from zero
         if self.ties == "even":
             below = torch.searchsorted(midpoints, magnitude)  # a tie goes down
