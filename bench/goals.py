@@ -35,7 +35,7 @@ else:
 
 FILE = Path(__file__).parent / "goals.toml"
 THREADS = 2  # the goals are set for two cores
-PLACEMENTS = 3  # times that the buffers of a goal are made anew
+PLACEMENTS = 5  # times that the buffers of a goal are made anew
 
 
 @dataclass(frozen=True)

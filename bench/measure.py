@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-SECONDS = 6.0  # of one comparison
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SECONDS = 10.0  # of one comparison
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 MIN_SAMPLE = 2e-3  # seconds; shorter work is repeated inside one sample until it takes this long
 COPY_ELEMENTS = 64 << 20  # of bf16: 128 MiB read and 128 MiB written, well beyond any cache
 
