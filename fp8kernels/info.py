@@ -37,6 +37,7 @@ def info() -> Info:
     """What this installation is and can do on this machine."""
     versions = {"fp8kernels": __version__, "python": platform.python_version()}
     versions.update({name: _version(name) for name in PACKAGES})
+    versions["torch"] = torch.__version__  # with its build: "+cpu" or "+cu130"
     return Info(versions, _machine(), _backends())
 
 
