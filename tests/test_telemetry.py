@@ -48,6 +48,16 @@ def test_the_alarm_raises_or_stays_silent_by_policy() -> None:
         growing("raise", steps=3)  # the first step has no past to lag behind: two steps in a row are not three
 
 
+def test_an_older_checkpoint_is_no_alarm() -> None:
+    recipe = get_recipe("e4m3-delayed").replace(alarm=Alarm("raise", steps=1))
+    model = convert(nn.Sequential(nn.Linear(64, 64)), recipe, verbose=False)
+    older = {key: value.clone() for key, value in model.state_dict().items()}
+    model(torch.randn(8, 64))
+    fp8kernels.commit(model)
+    model.load_state_dict(older)  # its counters are below those that the alarm remembers
+    fp8kernels.commit(model)
+
+
 def test_summary_rows() -> None:
     model = convert(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), verbose=False)
     x = torch.randn(128, 64)

@@ -55,8 +55,8 @@ def check_saturation(found: list[ScaledLayer]) -> None:
         memory.counters, used = now, memory.scale
         memory.scale = layer.fp8_scale.clone()
         for index, (elements, saturated, _, _) in enumerate(step):
-            if not elements:
-                continue  # not seen in this step
+            if elements <= 0:
+                continue  # not seen in this step, or an older checkpoint was loaded
             over = saturated > alarm.fraction * elements
             memory.in_a_row[index] = memory.in_a_row[index] + 1 if over else 0
             if not over:
