@@ -25,6 +25,16 @@ def same_device(verb: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{verb}: the tensors are on different devices: {devices}; move them with .to(device)")
 
 
+def matrix_shape(x: Tensor) -> tuple[int, int]:
+    """[M, K] that a tensor of any rank is seen as: leading dimensions flattened, the last one kept."""
+    if x.ndim == 0:
+        return 1, 1
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows, x.shape[-1]
+
+
 def one_of(verb: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     """raises ValueError unless the value is allowed."""
     if value not in allowed:

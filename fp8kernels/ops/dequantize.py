@@ -26,7 +26,7 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dequantize(codes: Tensor, scale: Tensor, fmt: str, out_dtype: torch.dtype) -> Tensor:
     if not codes.numel():
         return codes.new_empty(codes.shape, dtype=out_dtype)
-    matrix = codes.reshape(-1, codes.shape[-1]) if codes.ndim else codes.reshape(1, 1)  # [M, K]
+    matrix = codes.reshape(check.matrix_shape(codes))  # [M, K]
     args = (matrix, scale, get_format(fmt), out_dtype)
     out: Tensor = choose("dequantize", *args).run(*args)
     return out.reshape(codes.shape)

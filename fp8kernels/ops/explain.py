@@ -12,7 +12,7 @@ from ..kernels.quantize import Rounding
 from ..scaling.block import get_block
 from ..scaling.qtensor import QTensor
 from . import gemm as gemm_verb
-from .quantize import _matrix_shape
+from .check import matrix_shape
 from .table import Choice, choices, kernels
 
 
@@ -61,10 +61,10 @@ def _kernel_args(verb: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 def _quantize_args(x: Tensor, fmt: Any, *, block: Any = "tensor", scale: Any = None, **_: Any) -> tuple[Any, ...]:
     fmt, block = get_format(fmt), get_block(block)
-    shape = _matrix_shape(x)
+    shape = matrix_shape(x)
     given = torch.zeros(block.grid(*shape), device=x.device) if scale is None else scale
     return x.reshape(shape), given, Rounding(fmt, block, fmt.target)
 
 
 def _dequantize_args(q: QTensor, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    return q.codes.reshape(_matrix_shape(q.codes)), q.scale, q.fmt, dtype
+    return q.codes.reshape(matrix_shape(q.codes)), q.scale, q.fmt, dtype

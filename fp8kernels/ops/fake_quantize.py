@@ -11,7 +11,7 @@ from ..formats import Format, get_format
 from ..scaling.block import Block, get_block
 from . import check
 from .library import LIBRARY, register
-from .quantize import _given, _matrix_shape, _run
+from .quantize import given_scale, run_quantize
 
 
 def fake_quantize(
@@ -34,8 +34,8 @@ def fake_quantize(
     """
     fmt, block = get_format(fmt), get_block(block)
     check.float_tensor(x, "fake_quantize")
-    grid = block.grid(*_matrix_shape(x))
-    given = torch.zeros(grid, device=x.device) if scale is None else _given(scale, grid, x)
+    grid = block.grid(*check.matrix_shape(x))
+    given = torch.zeros(grid, device=x.device) if scale is None else given_scale(scale, grid, x)
     target = fmt.target if target is None else float(target)
     out: Tensor = torch.ops.fp8kernels.fake_quantize(
         x, given, fmt.name, block.name, target, margin, power_of_two, clip_gradient
@@ -46,7 +46,7 @@ def fake_quantize(
 def _fake_quantize(
     x: Tensor, scale: Tensor, fmt: str, block: str, target: float, margin: int, power_of_two: bool, clip: bool
 ) -> tuple[Tensor, Tensor]:
-    out = _run(x, scale, fmt, block, target, margin, power_of_two, True, False)
+    out = run_quantize(x, scale, fmt, block, target, margin, power_of_two, True, False)
     decoded = torch.ops.fp8kernels.dequantize(out.codes, out.scale, fmt, x.dtype).reshape(x.shape)
     if not clip:
         return decoded, x.new_empty(0, dtype=torch.bool)

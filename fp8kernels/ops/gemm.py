@@ -50,11 +50,11 @@ def kernel_args(
     x: QTensor, w: QTensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Any, ...]:
     """The arguments the kernels see."""
-    matrix = x.codes.reshape(-1, x.shape[-1])  # [M, K]
+    matrix = x.codes.reshape(check.matrix_shape(x.codes))  # [M, K]
     return Operand(matrix, x.scale, x.fmt), Operand(w.codes, w.scale, w.fmt), bias, out_dtype
 
 
-def _gemm(
+def run_gemm(
     x: Tensor,
     x_scale: Tensor,
     x_fmt: str,
@@ -64,8 +64,9 @@ def _gemm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Choose a kernel and run it on x seen as a matrix; a product without elements needs none."""
     shape = (*x.shape[:-1], w.shape[0])
-    matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_numel(x.shape[:-1]), x.shape[-1])  # [M, K]
+    matrix = x.reshape(check.matrix_shape(x))  # [M, K]
     if not matrix.shape[0] or not w.shape[0]:
         return x.new_empty(shape, dtype=out_dtype)
     if not matrix.shape[1]:
@@ -74,13 +75,6 @@ def _gemm(
     args = (Operand(matrix, x_scale, get_format(x_fmt)), Operand(w, w_scale, get_format(w_fmt)), bias, out_dtype)
     out = choose("gemm", *args).run(*args)  # [M, N]
     return out.reshape(shape)
-
-
-def _numel(shape: torch.Size) -> int:
-    rows = 1
-    for size in shape:
-        rows *= size
-    return rows
 
 
 def _fake(
@@ -111,7 +105,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register(
     "gemm(Tensor x, Tensor x_scale, str x_fmt, Tensor w, Tensor w_scale, str w_fmt, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
-    _gemm,
+    run_gemm,
     _fake,
 )
 torch.library.register_autograd("fp8kernels::gemm", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -5,22 +5,14 @@ At batch 1 the product of a small layer takes less time than two trips through t
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ..formats import get_format
-from ..kernels.gemm import Operand
-from ..kernels.quantize import Rounding
 from ..scaling.block import get_block
+from . import check
+from .gemm import run_gemm
 from .library import register
-from .table import choose
-
-
-@functools.lru_cache(maxsize=256)  # a model has few
-def _rounding(fmt: str, block: str, target: float, power_of_two: bool) -> Rounding:
-    return Rounding(get_format(fmt), get_block(block), target, 0, power_of_two)
+from .quantize import run_quantize
 
 
 def _linear(
@@ -40,18 +32,10 @@ def _linear(
 
     x_scale  fp32 [1, 1] with x_block "tensor": a static scale, or 0. Other blocks take each block's own amax
     """
-    depth = x.shape[-1]
-    matrix = x.reshape(x.numel() // depth if depth else 0, depth)  # [M, K]
-    if not matrix.numel() or not w.shape[0]:
-        out = x.new_zeros((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
-        return out if bias is None else out + bias.to(out_dtype)
-    how = _rounding(x_fmt, x_block, target, power_of_two)
     if x_block != "tensor":
-        x_scale = torch.zeros(how.block.grid(*matrix.shape), device=x.device)
-    codes = choose("quantize", matrix, x_scale, how).run(matrix, x_scale, how)
-    args = (Operand(codes.codes, codes.scale, how.fmt), Operand(w, w_scale, get_format(w_fmt)), bias, out_dtype)
-    product: Tensor = choose("gemm", *args).run(*args)  # [M, N]
-    return product.view(*x.shape[:-1], w.shape[0])
+        x_scale = torch.zeros(get_block(x_block).grid(*check.matrix_shape(x)), device=x.device)
+    q = run_quantize(x, x_scale, x_fmt, x_block, target, 0, power_of_two, True, False)
+    return run_gemm(q.codes.view(x.shape), q.scale, x_fmt, w, w_scale, w_fmt, bias, out_dtype)
 
 
 def _fake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +90,8 @@ def quantize_with_stats(
     check.one_of("quantize", "overflow", overflow, OVERFLOWS)
     if target is not None and not target > 0:
         raise ValueError(f"quantize: target is {target}, it must be positive")
-    grid = block.grid(*_matrix_shape(x))
-    given = torch.zeros(grid, device=x.device) if scale is None else _given(scale, grid, x)
+    grid = block.grid(*check.matrix_shape(x))
+    given = torch.zeros(grid, device=x.device) if scale is None else given_scale(scale, grid, x)
     codes, codes_t, scale_out, amax, counts = torch.ops.fp8kernels.quantize(
         x.detach(),
         given,
@@ -105,7 +106,7 @@ def quantize_with_stats(
     return QTensor(codes, scale_out, fmt, block, codes_t if transpose else None), Stats(amax, counts)
 
 
-def _given(scale: Tensor | float, grid: tuple[int, int], x: Tensor) -> Tensor:
+def given_scale(scale: Tensor | float, grid: tuple[int, int], x: Tensor) -> Tensor:
     """The user's scales on the block's grid."""
     scale = torch.as_tensor(scale, dtype=torch.float32, device=None if isinstance(scale, Tensor) else x.device)
     check.same_device("quantize", x=x, scale=scale)
@@ -118,16 +119,12 @@ def _given(scale: Tensor | float, grid: tuple[int, int], x: Tensor) -> Tensor:
     return scale
 
 
-def _matrix_shape(x: Tensor) -> tuple[int, int]:
-    if x.ndim == 0:
-        return 1, 1
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return rows, x.shape[-1]
+@functools.lru_cache(maxsize=256)  # a model has few; looking up names costs as much as a small kernel
+def _rounding(fmt: str, block: str, target: float, margin: int, power_of_two: bool, saturate: bool) -> Rounding:
+    return Rounding(get_format(fmt), get_block(block), target, margin, power_of_two, saturate)
 
 
-def _run(
+def run_quantize(
     x: Tensor,
     scale: Tensor,
     fmt: str,
@@ -140,27 +137,27 @@ def _run(
     *,
     observer: Observer | None = None,
 ) -> Quantized:
-    matrix = x.reshape(_matrix_shape(x))  # [M, K]
+    """Choose a kernel and run it on x seen as a matrix; a tensor without elements needs none."""
+    matrix = x.reshape(check.matrix_shape(x))  # [M, K]
     if not x.numel():
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=x.device)
+        codes_t = codes.t().contiguous() if transpose else None
         counts = torch.zeros(4, dtype=torch.int64, device=x.device)
-        return Quantized(
-            codes, codes.t().contiguous(), torch.where(scale == 0, 1.0, scale), scale.new_zeros(scale.shape), counts
-        )
-    how = Rounding(get_format(fmt), get_block(block), target, margin, power_of_two, saturate)
+        return Quantized(codes, codes_t, torch.where(scale == 0, 1.0, scale), scale.new_zeros(scale.shape), counts)
+    how = _rounding(fmt, block, target, margin, power_of_two, saturate)
     kernel = choose("quantize", matrix, scale, how, transpose=transpose, observer=observer)
     out: Quantized = kernel.run(matrix, scale, how, transpose=transpose, observer=observer)
     return out
 
 
 def _quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = _run(x, *args)
+    out = run_quantize(x, *args)
     codes_t = out.codes.new_empty(0) if out.codes_t is None else out.codes_t
     return out.codes.reshape(x.shape), codes_t, out.scale, out.amax, out.counts
 
 
 def _quantize_fake(x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, cols = _matrix_shape(x)
+    rows, cols = check.matrix_shape(x)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
     codes_t = codes.new_empty((cols, rows) if args[-1] else 0)
     return codes, codes_t, torch.empty_like(scale), torch.empty_like(scale), x.new_empty(4, dtype=torch.int64)
@@ -180,7 +177,7 @@ def _observed(
 ) -> tuple[Tensor, Tensor]:
     """Under inference mode nothing is noted."""
     observer = None if torch.is_inference_mode_enabled() else Observer(pending, counters)
-    out = _run(x, scale, fmt, block, target, margin, power_of_two, saturate, False, observer=observer)
+    out = run_quantize(x, scale, fmt, block, target, margin, power_of_two, saturate, False, observer=observer)
     return out.codes.reshape(x.shape), out.scale
 
 

@@ -21,6 +21,7 @@ HOW = ("hif8", "row", 15.0, 0, False, True)
 CASES = {
     "quantize": lambda: (torch.randn(3, 5, 16), torch.zeros(15, 1), *HOW, False),
     "quantize_transpose": lambda: (torch.randn(6, 16).bfloat16(), torch.zeros(6, 1), *HOW, True),
+    "quantize_empty": lambda: (torch.randn(0, 16), torch.zeros(0, 1), *HOW, False),
     "quantize_observed": lambda: (
         torch.randn(3, 16),
         torch.zeros(3, 1),
@@ -72,13 +73,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
-    name = case.removesuffix("_transpose").removesuffix("_no_bias")
+    name = case.removesuffix("_transpose").removesuffix("_no_bias").removesuffix("_empty")
     torch.library.opcheck(getattr(OPS, name).default, CASES[case]())
 
 
 def test_there_is_an_opcheck_for_every_op() -> None:
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fp8kernels::")}
-    assert defined <= {case.removesuffix("_transpose").removesuffix("_no_bias") for case in CASES}
+    assert defined <= {
+        case.removesuffix("_transpose").removesuffix("_no_bias").removesuffix("_empty") for case in CASES
+    }
 
 
 @pytest.mark.parametrize("block", ["tensor", "row", "1x128"])
