@@ -19,6 +19,8 @@ class Rounding:
     margin        binades of head-room above it
     power_of_two  scales made here are rounded up to a power of two
     saturate      overflow becomes the largest value (True), or Inf / NaN (False)
+    carrier       None, or k: the values of fmt, rounded as ever, are written as E4M3 codes of value * 2**k, and the
+                  scale returned is scale * 2**-k, so that it decodes those codes. `carrier.py` has what this loses
     """
 
     fmt: Format
@@ -27,6 +29,7 @@ class Rounding:
     margin: int = 0
     power_of_two: bool = False
     saturate: bool = True
+    carrier: int | None = None
 
 
 class Observer(NamedTuple):
