@@ -1,4 +1,9 @@
 #include <cuda_runtime_api.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
 
 #include "bind.h"
 
@@ -12,11 +17,28 @@ int device_count() {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+// Why no GPU can be used, in CUDA's words, or "": no driver, one that is too old, no device.
+std::string driver_error() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+// What this module holds machine code for: "sm_80", "sm_90a".
+std::vector<std::string> architectures() {
+    std::vector<std::string> found;
+    std::istringstream words(FP8KERNELS_CUDA_ARCHITECTURES);
+    for (std::string word; words >> word;) found.push_back("sm_" + word);
+    return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "The compiled CUDA kernels. Tensors are addresses; only fp8kernels.kernels calls this.";
     m.def("device_count", &device_count);
+    m.def("driver_error", &driver_error);
+    m.def("architectures", &architectures);
     m.def("error_string", [](int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); });
     bind_copy_cuda(m);
 }
