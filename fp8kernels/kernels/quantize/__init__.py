@@ -19,8 +19,9 @@ class Rounding:
     margin        binades of head-room above it
     power_of_two  scales made here are rounded up to a power of two
     saturate      overflow becomes the largest value (True), or Inf / NaN (False)
-    carrier       None, or k: the values of fmt, rounded as ever, are written as E4M3 codes of value * 2**k, and the
-                  scale returned is scale * 2**-k, so that it decodes those codes. `carrier.py` has what this loses
+    carrier       None, or k >= 0: the values of fmt, rounded as ever, are written as E4M3 codes of value * 2**k, and
+                  the scale returned is scale * 2**-k, so that it decodes those codes. E4M3 saturates, whatever
+                  `saturate` says; a scale below 2**(k - 126) is raised to that. `carrier.py` has what this loses
     """
 
     fmt: Format
