@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .formats import get_format
+from .kernels.quantize import carrier
 from .scaling.block import get_block
 from .scaling.rules import Algorithm, get_algorithm
 
 SCALINGS = ("delayed", "current", "static")
 POLICIES = ("warn", "raise", "ignore")
+ROUTES = ("auto", "carrier", "exact")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,17 @@ class Role:
     scaling  "delayed": from the amax of past steps. "current": from this tensor's amax. "static": frozen
     block    which elements share a scale; delayed and static scaling keep one scale per tensor
     target   where amax lands in the format; None is the format's own (HiF8 15, gradients 224; E4M3 448; E5M2 57344)
+    route    how HiF8 reaches the tensor cores. "exact": its own codes, decoded by the product. "carrier": as E4M3 codes
+             of shifted values, at the full FP8 rate (docs/NUMERICS.md says what they cannot hold). "auto": a carrier on
+             GPUs with FP8 tensor cores, for as long as the counters allow (`Alarm`), else exact. Other formats have
+             one route
     """
 
     fmt: str
     scaling: str = "delayed"
     block: str = "tensor"
     target: float | None = None
+    route: str = "auto"
 
     def __post_init__(self) -> None:
         get_format(self.fmt)
@@ -44,14 +51,19 @@ class Role:
             raise ValueError(
                 f"target={self.target} is outside (0, {get_format(self.fmt).max:g}], the range of {self.fmt}"
             )
+        if self.route not in ROUTES:
+            raise ValueError(_unknown("route", self.route, ROUTES))
+        reason = carrier.why_not(get_format(self.fmt), self.target or get_format(self.fmt).target)
+        if self.route == "carrier" and reason is not None:
+            raise ValueError(f"route='carrier': {reason}; take route='auto'")
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """When a layer that saturates is reported.
+    """When a layer that saturates is reported, and when HiF8 with route="auto" leaves its carrier.
 
     policy    "warn", "raise" or "ignore"
-    fraction  of a tensor's elements that saturate within one step
+    fraction  of a tensor's elements that saturate within one step; of a carrier's, that it saturates or flushes
     steps     optimizer steps in a row
     """
 
@@ -127,7 +139,9 @@ class Recipe:
             else:
                 now = getattr(self, role)
                 scaling = (now or self.weight).scaling if role == "grad" else now.scaling
-                changes[role] = Role(fmt, scaling) if role == "grad" else replace(now, fmt=fmt, target=None)
+                changes[role] = (
+                    Role(fmt, scaling) if role == "grad" else replace(now, fmt=fmt, target=None, route="auto")
+                )
         return self.replace(**changes)
 
     def frozen(self) -> Recipe:
@@ -155,6 +169,14 @@ class Recipe:
         fmt = get_format(role.fmt)
         default = fmt.grad_target if index == 2 else fmt.target
         return float((default if role.target is None else role.target) * 2.0**-self.margin)
+
+    def carrier(self, index: int) -> int | None:
+        """The k of the carrier that a role can have (its values are then E4M3 codes of value * 2**k), or None."""
+        role = self.roles()[index]
+        if role is None or role.route == "exact":
+            return None
+        target = self.target(index) * 2.0**self.margin  # margin is head-room, which the carrier is to keep
+        return None if carrier.why_not(get_format(role.fmt), target) is not None else carrier.shift(target)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -102,7 +102,7 @@ def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
     was_training = layer.training
     layer.eval()  # so that nothing is noted
     try:
-        codes, scale = layer.fp8_quantize(layer.weight, WEIGHT)  # [N, K], [R, C]
+        coded = layer.fp8_quantize(layer.weight, WEIGHT, exact=True)  # codes [N, K], scale [R, C]
     finally:
         layer.train(was_training)
     input_scale = layer.fp8_scale[INPUT : INPUT + 1].reshape(1, 1)
@@ -118,7 +118,7 @@ def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
         input_target=recipe.target(INPUT),
         power_of_two=recipe.power_of_two,
     )
-    packed = {CODES: codes, SCALE: scale, INPUT_SCALE: input_scale}
+    packed = {CODES: coded.codes, SCALE: coded.scale, INPUT_SCALE: input_scale}
     return entry, {key: _own(tensor.detach().cpu()) for key, tensor in packed.items()}
 
 

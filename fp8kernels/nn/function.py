@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..formats import get_format
-from ..recipe import Role
+from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
-from .state import ScaledLayer, quantize_role
+from .state import Coded, ScaledLayer, quantize_role
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -34,37 +33,49 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
         raise ValueError(
             f"layer {layer.fp8_name!r}: input is on {x.device}, weight on {weight.device}; move one with .to()"
         )
-    x_codes, x_scale = layer.fp8_quantize(x, INPUT)
-    w_codes, w_scale = layer.fp8_quantize(weight, WEIGHT)
-    recipe = layer.fp8_recipe
+    recipe, dtype = layer.fp8_recipe, output_dtype(x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    transpose = needs_grad and keeps_transposed(x.device, recipe)
+    x_coded = layer.fp8_quantize(x, INPUT, transpose=transpose and weight.requires_grad)
+    w_coded = layer.fp8_quantize(weight, WEIGHT, transpose=transpose and x.requires_grad)
     if not needs_grad:
-        return product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, output_dtype(x))
+        return product(x_coded, w_coded, bias, dtype)
     observer = (layer.fp8_pending, layer.fp8_counters) if layer.training else (None, None)
-    out: Tensor = _Linear.apply(
-        x, weight, bias, x_codes, x_scale, w_codes, w_scale, layer.fp8_scale, *observer, recipe, output_dtype(x)
-    )
+    grad = _Gradient(recipe, layer.fp8_carrier(GRAD, x.device), transpose)
+    out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, grad, dtype)
     return out
 
 
-def product(
-    x: Tensor,
-    x_scale: Tensor,
-    x_role: Role,
-    w: Tensor,
-    w_scale: Tensor,
-    w_role: Role,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """gemm writes bf16 or fp32; fp16 is rounded from fp32."""
+def keeps_transposed(device: torch.device, recipe: Recipe) -> bool:
+    """Whether the backward multiplies codes that were transposed when they were made.
+
+    A GPU's FP8 tensor cores read both operands along K, which in the two products of the backward is another dimension
+    than in the forward; transposing in the pass that quantizes costs less than a pass of its own. A CPU takes a
+    transposed view.
+    """
+    return recipe.grad is not None and one_scale(recipe) and device.type == "cuda"
+
+
+def one_scale(recipe: Recipe) -> bool:
+    """Whether all three tensors have one scale, which a transposed product needs."""
+    return all(role is None or role.block == "tensor" for role in recipe.roles())
+
+
+def product(x: Coded, w: Coded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x[..., K] @ w[N, K].T + bias; gemm writes bf16 or fp32, fp16 is rounded from fp32."""
     gemm_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
         bias = bias.float()
-    out: Tensor = torch.ops.fp8kernels.gemm(
-        x, x_scale, get_format(x_role.fmt).name, w, w_scale, get_format(w_role.fmt).name, bias, gemm_dtype
-    )
+    out: Tensor = torch.ops.fp8kernels.gemm(x.codes, x.scale, x.fmt, w.codes, w.scale, w.fmt, bias, gemm_dtype)
     return out.to(dtype)
+
+
+class _Gradient(NamedTuple):
+    """How a layer's backward runs: its recipe, the k of the gradient's carrier, and whether codes_t is saved."""
+
+    recipe: Recipe
+    carrier: int | None
+    transposed: bool
 
 
 class _Linear(torch.autograd.Function):
@@ -78,62 +89,76 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         x_codes: Tensor,
         x_scale: Tensor,
+        x_fmt: str,
+        x_codes_t: Tensor | None,
         w_codes: Tensor,
         w_scale: Tensor,
+        w_fmt: str,
+        w_codes_t: Tensor | None,
         scale: Tensor,
         pending: Tensor | None,
         counters: Tensor | None,
-        recipe: Any,
+        how: _Gradient,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
+        x_saved, w_saved = (x_codes_t, w_codes_t) if how.transposed else (x_codes, w_codes)
+        ctx.save_for_backward(x_saved, x_scale, w_saved, w_scale)
         ctx.state = (scale, pending, counters)
-        ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return product(x_codes, x_scale, recipe.input, w_codes, w_scale, recipe.weight, bias, dtype)
+        ctx.how, ctx.fmts, ctx.shape = how, (x_fmt, w_fmt), x.shape
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return product(Coded(x_codes, x_scale, x_fmt), Coded(w_codes, w_scale, w_fmt), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
-        recipe = ctx.recipe
+        recipe, carrier, transposed = ctx.how
+        x_saved, x_scale, w_saved, w_scale = ctx.saved_tensors
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         g = grad.reshape(-1, grad.shape[-1])  # [M, N]
-        x_codes_2d = x_codes.reshape(-1, x_codes.shape[-1])  # [M, K]
-        d_bias = g.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        x = (x_codes_2d, x_scale, recipe.input)
-        w = (w_codes, w_scale, recipe.weight)
-        if recipe.grad is not None:
-            g, g_scale = _quantize_grad(g, recipe, *ctx.state)
-            if _one_scale(recipe):
-                d_x = _transposed_product((g, g_scale, recipe.grad), w, x_dtype) if ctx.needs_input_grad[0] else None
-                d_w = (
-                    _transposed_product((g.t(), g_scale, recipe.grad), x, w_dtype) if ctx.needs_input_grad[1] else None
-                )
-                return _shaped(d_x, x_codes), d_w, d_bias, *[None] * 9
-            g = _decode(g, g_scale, recipe.grad, grad.dtype)
-        d_x = (g @ _decode(*w, g.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None  # [M, K]
-        d_w = (g.t() @ _decode(*x, g.dtype)).to(w_dtype) if ctx.needs_input_grad[1] else None  # [N, K]
-        return _shaped(d_x, x_codes), d_w, d_bias, *[None] * 9
+        d_bias = g.sum(0).to(bias_dtype) if needs_bias else None
+        d_x = d_w = None
+        if recipe.grad is not None and one_scale(recipe):
+            coded = _quantize_grad(g, recipe, carrier, ctx.state, transpose=transposed and needs_w)
+            if needs_x:
+                w_t = w_saved if transposed else w_saved.t()  # [K, N]
+                d_x = product(coded, Coded(w_t, w_scale, ctx.fmts[1]), None, x_dtype)  # [M, K]
+            if needs_w:
+                x_t = x_saved if transposed else x_saved.reshape(-1, x_saved.shape[-1]).t()  # [K, M]
+                d_w = product(coded.t(), Coded(x_t, x_scale, ctx.fmts[0]), None, w_dtype)  # [N, K]
+        else:
+            if recipe.grad is not None:
+                g = _decode(_quantize_grad(g, recipe, carrier, ctx.state), grad.dtype)
+            if needs_x:
+                d_x = (g @ _decode(Coded(w_saved, w_scale, ctx.fmts[1]), g.dtype)).to(x_dtype)  # [M, K]
+            if needs_w:
+                x = Coded(x_saved.reshape(-1, x_saved.shape[-1]), x_scale, ctx.fmts[0])
+                d_w = (g.t() @ _decode(x, g.dtype)).to(w_dtype)  # [N, K]
+        return None if d_x is None else d_x.reshape(ctx.shape), d_w, d_bias, *[None] * 13
 
 
-def _shaped(d_x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if d_x is None else d_x.reshape(like.shape)
-
-
-def _one_scale(recipe: Any) -> bool:
-    """Whether all three tensors have one scale, which a transposed product needs."""
-    return all(role.block == "tensor" for role in recipe.roles())
-
-
-def _quantize_grad(g: Tensor, recipe: Any, scale: Tensor, pending: Tensor | None, counters: Tensor | None) -> Any:
+def _quantize_grad(
+    g: Tensor,
+    recipe: Recipe,
+    carrier: int | None,
+    state: tuple[Tensor, Tensor | None, Tensor | None],
+    *,
+    transpose: bool = False,
+) -> Coded:
+    assert recipe.grad is not None
+    scale, pending, counters = state
     observer = None if pending is None or counters is None else (pending[GRAD : GRAD + 1], counters[GRAD])
-    return quantize_role(g, recipe.grad, recipe.target(GRAD), recipe.power_of_two, scale[GRAD : GRAD + 1], observer)
+    return quantize_role(
+        g,
+        recipe.grad,
+        recipe.target(GRAD),
+        recipe.power_of_two,
+        scale[GRAD : GRAD + 1],
+        observer,
+        transpose=transpose,
+        carrier=carrier,
+    )
 
 
-def _decode(codes: Tensor, scale: Tensor, role: Role, dtype: torch.dtype) -> Tensor:
-    out: Tensor = torch.ops.fp8kernels.dequantize(codes, scale, get_format(role.fmt).name, dtype)
+def _decode(coded: Coded, dtype: torch.dtype) -> Tensor:
+    out: Tensor = torch.ops.fp8kernels.dequantize(coded.codes, coded.scale, coded.fmt, dtype)
     return out
-
-
-def _transposed_product(a: tuple[Tensor, Tensor, Role], b: tuple[Tensor, Tensor, Role], dtype: torch.dtype) -> Tensor:
-    """a[P, Q] @ b[Q, R] with one scale each."""
-    return product(a[0], a[1], a[2], b[0].t(), b[1], b[2], None, dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import get_format
+from ..formats import E4M3, get_format
 from ..kernels.commit import State
+from ..kernels.quantize import carrier as carriers
 from ..recipe import Recipe, Role
 from ..scaling.block import get_block
 from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, new_state
@@ -18,6 +19,26 @@ from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, new_state
 
 class Family:
     """What the layers of one model have in common; a deep copy of the model is a family of its own."""
+
+
+class Coded(NamedTuple):
+    """An 8-bit tensor on its way into products.
+
+    codes    uint8, the shape of the tensor
+    scale    fp32 [R, C], decodes them
+    fmt      the name of the codes' format: the role's, or E4M3's where a carrier stands in for HiF8
+    codes_t  uint8 [K, M], transposed and contiguous, where it was asked for
+    """
+
+    codes: Tensor
+    scale: Tensor
+    fmt: str
+    codes_t: Tensor | None = None
+
+    def t(self) -> Coded:
+        """The transposed matrix: a view, or the codes that were transposed on the way."""
+        codes = self.codes.t() if self.codes_t is None else self.codes_t
+        return Coded(codes, self.scale.t(), self.fmt, self.codes)
 
 
 copies: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()  # layers that came to be by deepcopy or unpickling
@@ -30,6 +51,8 @@ class ScaledLayer(nn.Module):
     fp8_name: str
     fp8_family: Family
     fp8_warm: bool  # whether the recipe's warm-up steps are over
+    fp8_routes: tuple[str, ...]  # of the three roles: the recipe's; the counters turn "auto" into "exact"
+    fp8_shifts: tuple[int | None, ...]  # the k of the three roles' carriers, where there is one
     fp8_history: Tensor
     fp8_pending: Tensor
     fp8_scale: Tensor
@@ -43,6 +66,8 @@ class ScaledLayer(nn.Module):
         device = next(self.parameters()).device
         self.fp8_recipe, self.fp8_name = recipe, name
         self.fp8_warm = recipe.warmup_steps == 0
+        self.fp8_routes = tuple("exact" if role is None else role.route for role in recipe.roles())
+        self.fp8_shifts = tuple(recipe.carrier(index) for index in range(len(ROLES)))
         for key, value in new_state(recipe.window, device).items():
             self.register_buffer(key, value)
         targets = [recipe.target(index) for index in range(len(ROLES))]
@@ -53,7 +78,7 @@ class ScaledLayer(nn.Module):
         for key in [key for key in self._buffers if key.startswith(PREFIX)]:
             del self._buffers[key]
             self._non_persistent_buffers_set.discard(key)
-        for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family"):
+        for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts"):
             self.__dict__.pop(key, None)
 
     def fp8_state(self) -> State:
@@ -70,8 +95,19 @@ class ScaledLayer(nn.Module):
         """Read from the state whether warm-up is over."""
         self.fp8_warm = self.fp8_recipe.warmup_steps == 0 or int(self.fp8_step) >= self.fp8_recipe.warmup_steps
 
-    def fp8_quantize(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the input or the weight, by the recipe; what was seen is noted in training mode."""
+    def fp8_carrier(self, index: int, device: torch.device) -> int | None:
+        """The k of the carrier that a role's tensor on a device travels as, or None: codes of the role's own format."""
+        route = self.fp8_routes[index]
+        if route == "exact" or (route == "auto" and not carriers.pays(device)):
+            return None
+        return self.fp8_shifts[index]
+
+    def fp8_quantize(self, x: Tensor, index: int, *, transpose: bool = False, exact: bool = False) -> Coded:
+        """The input or the weight in 8 bits, by the recipe; what was seen is noted in training mode.
+
+        transpose  keep the transposed codes too
+        exact      in the role's own format also where the layer computes with a carrier
+        """
         recipe = self.fp8_recipe
         return quantize_role(
             x.detach(),
@@ -80,6 +116,8 @@ class ScaledLayer(nn.Module):
             recipe.power_of_two,
             self.fp8_scale[index : index + 1],
             (self.fp8_pending[index : index + 1], self.fp8_counters[index]) if self.training else None,
+            transpose=transpose,
+            carrier=None if exact else self.fp8_carrier(index, x.device),
         )
 
     def fp8_watch(self, x: Tensor, w: Tensor) -> None:
@@ -134,11 +172,16 @@ def quantize_role(
     power_of_two: bool,
     scale: Tensor,
     observer: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 of x's shape, and the scales [R, C] that decode them.
+    *,
+    transpose: bool = False,
+    carrier: int | None = None,
+) -> Coded:
+    """A tensor of a role in 8 bits.
 
-    scale     fp32 [1], the delayed or static scale; 0 takes x's own amax
-    observer  (pending fp32 [1], counters int64 [4]) to note x in, or None
+    scale      fp32 [1], the delayed or static scale, in units of the role's format; 0 takes x's own amax
+    observer   (pending fp32 [1], counters int64 [4]) to note x in, or None
+    transpose  keep the transposed codes too
+    carrier    the k of a carrier, or None
     """
     fmt, block = get_format(role.fmt), get_block(role.block)
     if role.scaling == "current":
@@ -146,12 +189,9 @@ def quantize_role(
         given = torch.zeros(block.grid(rows, x.shape[-1]), device=x.device)
     else:
         given = scale.reshape(1, 1)
+    how = (fmt.name, block.name, target, 0, power_of_two, True, transpose, carrier)
     if observer is None:
-        codes, _, used, _, _ = torch.ops.fp8kernels.quantize(
-            x, given, fmt.name, block.name, target, 0, power_of_two, True, False
-        )
+        codes, codes_t, used, _, _ = torch.ops.fp8kernels.quantize(x, given, *how)
     else:
-        codes, used = torch.ops.fp8kernels.quantize_observed(
-            x, given, *observer, fmt.name, block.name, target, 0, power_of_two, True
-        )
-    return codes, used
+        codes, used, codes_t = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
+    return Coded(codes, used, fmt.name if carrier is None else E4M3.name, codes_t if transpose else None)

@@ -137,12 +137,10 @@ def _quantization_sqnr(layer: ScaledLayer, x: Tensor, index: int) -> float:
     was_training = layer.training
     layer.training = False  # no state is written
     try:
-        codes, scale = layer.fp8_quantize(x, index)
+        coded = layer.fp8_quantize(x, index)
     finally:
         layer.training = was_training
-    role = layer.fp8_recipe.roles()[index]
-    assert role is not None
-    return sqnr_db(x, torch.ops.fp8kernels.dequantize(codes, scale, role.fmt, torch.float32))
+    return sqnr_db(x, torch.ops.fp8kernels.dequantize(coded.codes, coded.scale, coded.fmt, torch.float32))
 
 
 def _weight_sqnr(layer: ScaledLayer) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ HOW = ("hif8", "row", 15.0, 0, False, True)
 CASES = {
     "quantize": lambda: (torch.randn(3, 5, 16), torch.zeros(15, 1), *HOW, False),
     "quantize_transpose": lambda: (torch.randn(6, 16).bfloat16(), torch.zeros(6, 1), *HOW, True),
+    "quantize_carrier": lambda: (torch.randn(6, 16), torch.zeros(6, 1), *HOW, True, 4),
     "quantize_empty": lambda: (torch.randn(0, 16), torch.zeros(0, 1), *HOW, False),
     "quantize_observed": lambda: (
         torch.randn(3, 16),
@@ -28,6 +31,16 @@ CASES = {
         torch.zeros(1),
         torch.zeros(4, dtype=torch.int64),
         *HOW,
+        False,
+    ),
+    "quantize_observed_carrier": lambda: (
+        torch.randn(3, 16),
+        torch.zeros(3, 1),
+        torch.zeros(1),
+        torch.zeros(4, dtype=torch.int64),
+        *HOW,
+        True,
+        4,
     ),
     "dequantize": lambda: (*operand(4, 16), torch.bfloat16),
     "gemm": lambda: (
@@ -71,17 +84,18 @@ CASES = {
 }
 
 
+def op_of(case: str) -> str:
+    return re.sub("_(transpose|carrier|no_bias|empty)$", "", case)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
-    name = case.removesuffix("_transpose").removesuffix("_no_bias").removesuffix("_empty")
-    torch.library.opcheck(getattr(OPS, name).default, CASES[case]())
+    torch.library.opcheck(getattr(OPS, op_of(case)).default, CASES[case]())
 
 
 def test_there_is_an_opcheck_for_every_op() -> None:
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fp8kernels::")}
-    assert defined <= {
-        case.removesuffix("_transpose").removesuffix("_no_bias").removesuffix("_empty") for case in CASES
-    }
+    assert defined <= {op_of(case) for case in CASES}
 
 
 @pytest.mark.parametrize("block", ["tensor", "row", "1x128"])

@@ -68,6 +68,23 @@ def recoding(fmt: Format, k: int, device: torch.device | str = "cpu") -> Recodin
     return Recoding(codes, above, below)
 
 
-def smallest_scale(k: int) -> float:
-    """The smallest scale that a carried tensor is divided by, so that the scale of its codes is no subnormal."""
-    return SMALLEST_SCALE * 2.0**k
+def usable(scale: Tensor, k: int) -> Tensor:
+    """The scales that a carried tensor is divided by: so large that those of its codes are no subnormal numbers."""
+    return scale.clamp(min=SMALLEST_SCALE * 2.0**k)
+
+
+def scale_of_codes(scale: Tensor, k: int) -> Tensor:
+    """scale * 2**-k, exact: what decodes the E4M3 codes of a tensor that was divided by scale."""
+    return usable(scale, k) * 2.0**-k
+
+
+def pays(device: torch.device) -> bool:
+    """Whether a device multiplies E4M3 codes faster than decoded numbers: GPUs with FP8 tensor cores do."""
+    return device.type == "cuda" and _has_fp8_cores(device.index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_fp8_cores(device: int | None) -> bool:
+    """sm_89 and newer; of AMD's those that take the OCP formats, from gfx950 on."""
+    return torch.cuda.get_device_capability(device) >= ((9, 5) if torch.version.hip else (8, 9))

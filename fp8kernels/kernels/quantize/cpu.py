@@ -34,6 +34,8 @@ def why_not(
         return f"scale is {scale.dtype}: it is fp32"
     if x.layout != torch.strided or x.is_conj():
         return f"x has layout {x.layout}: this kernel takes strided tensors"
+    if how.carrier is not None:
+        return "this kernel writes no carrier"
     if observer is not None and not (
         _is_state(observer.pending, torch.float32) and _is_state(observer.counters, torch.int64)
     ):

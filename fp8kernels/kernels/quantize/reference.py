@@ -11,7 +11,7 @@ from torch import Tensor
 from ...scaling.block import Block
 from ...scaling.rules import scale_from_amax
 from . import Observer, Quantized, Rounding
-from .carrier import recoding, smallest_scale
+from .carrier import recoding, scale_of_codes, usable
 
 
 def why_not(
@@ -39,7 +39,7 @@ def quantize(
     own = scale_from_amax(finite, how.target, margin=how.margin, power_of_two=how.power_of_two)
     scale = torch.where(scale == 0, own, scale)  # [R, C]
     if how.carrier is not None:
-        scale = scale.clamp(min=smallest_scale(how.carrier))
+        scale = usable(scale, how.carrier)
     y = x / spread(scale, x.shape[0], x.shape[1])  # [M, K]
     codes = fmt.encode(y, saturate=how.saturate)  # [M, K]
     is_zero = (codes & 0x7F == 0) & (codes != fmt.nan_code)
@@ -49,7 +49,7 @@ def quantize(
         carried = recoding(fmt, how.carrier, x.device)
         saturated = saturated | carried.above[codes.long()]
         flushed = flushed | carried.below[codes.long()]
-        codes, scale = carried.codes[codes.long()], scale * 2.0**-how.carrier
+        codes, scale = carried.codes[codes.long()], scale_of_codes(scale, how.carrier)
     counts = torch.stack(
         [torch.tensor(x.numel(), device=x.device), saturated.sum(), flushed.sum(), (~x.isfinite()).sum()]
     )
