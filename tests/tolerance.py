@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from fp8kernels.kernels.act_quantize.reference import activate
+from fp8kernels.kernels.gemm import Epilogue
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place of 1
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # subnormal
@@ -16,18 +22,85 @@ def exact(got: Tensor, want: Tensor) -> None:
     assert same.all(), f"{int((~same).sum())} of {same.numel()} differ: {got[~same][0]} against {want[~same][0]}"
 
 
-def gemm_bound(x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+@dataclass(frozen=True)
+class Accumulator:
+    """How a tensor core adds: `addends` products and the running sum are aligned to the largest of them, cut off below
+    `bits` bits, added, and the sum is cut again."""
+
+    addends: int
+    bits: int
+
+    def error(self, count: int) -> float:
+        """The error of a sum of `count` products, as a share of the sum of their magnitudes.
+
+        Each instruction cuts addends + 2 numbers, each by less than 2**(1 - bits) of the largest, which is at most the
+        sum of the magnitudes and the error made so far.
+        """
+        instructions = -(-count // self.addends)
+        return math.expm1(instructions * math.log1p((self.addends + 2) * 2.0 ** (1 - self.bits)))
+
+
+ACCUMULATORS = {
+    "fp32": None,  # rounds each addition to nearest, as CPUs do
+    # Fasi, Higham, Mikaitis, Pranesh 2021, PeerJ CS 7:e330: an A100 adds 8 products at a time, aligned and truncated,
+    # and keeps at least the 24 bits of fp32. Newer ones add more at a time, which makes the bound smaller
+    "bf16 tensor core": Accumulator(addends=8, bits=24),
+    # DeepSeek-V3, arXiv 2412.19437, sections 3.3.2 and 3.5.2: Hopper aligns 32 products, and of each and of the sum
+    # uses the highest 14 bits
+    "fp8 tensor core": Accumulator(addends=32, bits=14),
+}
+PROMOTED = 128  # products after which our kernels, and cuBLASLt without fast accumulation, move such a sum to fp32
+
+
+def gemm_bound(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulator: str = "fp32",
+    *,
+    promoted: int = PROMOTED,
+) -> Tensor:
     """How far out[M, N] = x @ w.T + bias, summed in fp32, may be from the float64 x[M, K] and w[N, K].
 
     (K + 2) u |x| @ |w|.T + u_out |out|, Higham 2002, section 3.1: K products are summed in any order, two factors of
     scale round once each; the bias and the output round once. Results below the normal range round in units of the
-    smallest subnormal number instead, which the last terms add.
+    smallest subnormal number instead, which the last terms add. A tensor core adds the error of its accumulator, over
+    runs of at most `promoted` products where it keeps fewer bits than fp32.
     """
-    steps = x.shape[1] + 2
+    depth = x.shape[1]
     u = UNIT[torch.float32]
     out = x @ w.T if bias is None else x @ w.T + bias.double()
-    sums = steps * (u * (x.abs() @ w.abs().T) + SMALLEST[torch.float32])  # [M, N]
+    unit = (depth + 2) * u
+    inside = ACCUMULATORS[accumulator]
+    if inside is not None:
+        unit += inside.error(min(depth, promoted) if inside.bits < 24 else depth)
+    sums = unit * (x.abs() @ w.abs().T) + (depth + 2) * SMALLEST[torch.float32]  # [M, N]
     return sums + (UNIT[out_dtype] + u) * (out.abs() + sums) + SMALLEST[out_dtype]
+
+
+STEEPEST = 1.13  # the largest slope of any activation: gelu has 1.129, silu 1.0998
+ACTIVATION_UNITS = 12  # of fp32 and |x|: an exponential within 2**-22 and its argument 8, a division 4, at most
+
+
+def epilogue_bound(
+    x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue, accumulator: str = "fp32"
+) -> Tensor:
+    """How far activation(x @ w.T + bias) + residual, computed in fp32, may be from its float64 value.
+
+    The error of the sum through the steepest slope, that of the activation itself, one rounding of the sum with the
+    residual and one of the output.
+    """
+    u = UNIT[torch.float32]
+    total = x @ w.T if bias is None else x @ w.T + bias.double()  # [M, N]
+    error = gemm_bound(x, w, bias, torch.float32, accumulator)
+    out = total
+    if epilogue.activation != "none":
+        out = activate(total, epilogue.activation)
+        error = STEEPEST * error + ACTIVATION_UNITS * u * (total.abs() + error)
+    if epilogue.residual is not None:
+        out = out + epilogue.residual.double()
+    return error + (u + UNIT[out_dtype]) * (out.abs() + error) + SMALLEST[out_dtype]
 
 
 def bounded(got: Tensor, want: Tensor, bound: Tensor) -> None:

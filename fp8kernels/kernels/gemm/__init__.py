@@ -38,5 +38,10 @@ class Epilogue:
     scale: Tensor | None = None
     observer: Observer | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing becomes of the sum but its rounding."""
+        return self.activation == "none" and self.residual is None and self.rounding is None
+
 
 PLAIN = Epilogue()

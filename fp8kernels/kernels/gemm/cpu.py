@@ -2,7 +2,8 @@
 
 method  codes are decoded while they are packed for the registers, so no decoded matrix exists; x of few rows streams
         w instead. README.md tells the ideas and what each brought
-limits  CPU tensors; neighbouring elements of K that share both scales come in even numbers, unless that is all of K
+limits  CPU tensors, fp32 or bf16 out, no epilogue; neighbouring elements of K that share both scales come in even
+        numbers, unless that is all of K
 equal   within (K + 2) * 2**-24 * |x| @ |w|.T + u_out * |out| of the reference, the same bits for any number of threads
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import load
-from . import Operand
+from . import PLAIN, Epilogue, Operand
 
 _cpu, MISSING = load("_cpu")
 
@@ -23,10 +24,14 @@ SUMS = (torch.float32, torch.bfloat16)  # of out and bias
 _local = threading.local()  # .workspace: a uint8 tensor that grows to the largest product a thread has made
 
 
-def why_not(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> str | None:
+def why_not(
+    x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
+) -> str | None:
     """Why these arguments cannot run here, or None."""
     if _cpu is None:
         return MISSING
+    if epilogue is not PLAIN and not epilogue.is_plain:
+        return "there is an epilogue: this kernel writes plain products"
     tensors = [("x", x.codes), ("x's scale", x.scale), ("w", w.codes), ("w's scale", w.scale)]
     for name, tensor in tensors if bias is None else [*tensors, ("bias", bias)]:
         if tensor.device.type != "cpu":
@@ -45,7 +50,7 @@ def why_not(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype)
     return None
 
 
-def gemm(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def gemm(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN) -> Tensor:
     """x[M, K] @ w[N, K].T + bias, summed in fp32; see reference.py for every argument.
 
     Codes whose rows or columns are contiguous are read where they lie; others are copied first.
