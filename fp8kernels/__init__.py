@@ -20,7 +20,19 @@ from .convert import convert, plan, revert
 from .export import export
 from .formats import E4M3, E5M2, FORMATS, HIF8, Format, get_format
 from .nn.step import commit
-from .ops import copy, dequantize, explain, fake_quantize, gemm, quantize, quantize_with_stats
+from .ops import (
+    activation_quantize,
+    copy,
+    dequantize,
+    explain,
+    fake_quantize,
+    gemm,
+    layer_norm_quantize,
+    quantize,
+    quantize_with_stats,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
 from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
 from .scaling import BLOCKS, Block, QTensor, get_block, without_state
 from .telemetry import SaturationError, SaturationWarning, report, summary
@@ -45,6 +57,7 @@ __all__ = [
     "Role",
     "SaturationError",
     "SaturationWarning",
+    "activation_quantize",
     "commit",
     "convert",
     "copy",
@@ -56,13 +69,16 @@ __all__ = [
     "get_block",
     "get_format",
     "get_recipe",
+    "layer_norm_quantize",
     "nn",
     "plan",
     "quantize",
     "quantize_with_stats",
     "report",
     "revert",
+    "rms_norm_quantize",
     "serving",
     "summary",
+    "swiglu_quantize",
     "without_state",
 ]

@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..kernels.act_backward import reference as act_backward_reference
+from ..kernels.act_quantize import cpu as act_quantize_cpu
+from ..kernels.act_quantize import reference as act_quantize_reference
 from ..kernels.commit import cpu as commit_cpu
 from ..kernels.commit import reference as commit_reference
 from ..kernels.copy import cpu as copy_cpu
@@ -16,6 +19,9 @@ from ..kernels.dequantize import cpu as dequantize_cpu
 from ..kernels.dequantize import reference as dequantize_reference
 from ..kernels.gemm import cpu as gemm_cpu
 from ..kernels.gemm import reference as gemm_reference
+from ..kernels.norm_backward import reference as norm_backward_reference
+from ..kernels.norm_quantize import cpu as norm_quantize_cpu
+from ..kernels.norm_quantize import reference as norm_quantize_reference
 from ..kernels.quantize import cpu as quantize_cpu
 from ..kernels.quantize import reference as quantize_reference
 
@@ -44,6 +50,16 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("cpu", gemm_cpu.why_not, gemm_cpu.gemm),
         Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
     ),
+    "norm_quantize": (
+        Kernel("cpu", norm_quantize_cpu.why_not, norm_quantize_cpu.norm_quantize),
+        Kernel("reference", norm_quantize_reference.why_not, norm_quantize_reference.norm_quantize),
+    ),
+    "norm_backward": (Kernel("reference", norm_backward_reference.why_not, norm_backward_reference.norm_backward),),
+    "act_quantize": (
+        Kernel("cpu", act_quantize_cpu.why_not, act_quantize_cpu.act_quantize),
+        Kernel("reference", act_quantize_reference.why_not, act_quantize_reference.act_quantize),
+    ),
+    "act_backward": (Kernel("reference", act_backward_reference.why_not, act_backward_reference.act_backward),),
     "commit": (
         Kernel("cpu", commit_cpu.why_not, commit_cpu.commit),
         Kernel("reference", commit_reference.why_not, commit_reference.commit),

@@ -51,6 +51,6 @@ def act_quantize(
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """One of kernels.gemm.ACTIVATIONS but "none", in the dtype of x; "gelu" is exact, "gelu_tanh" its approximation."""
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}[activation](x)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
+    return F.relu(x) if activation == "relu" else F.silu(x)
