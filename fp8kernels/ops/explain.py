@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import get_format
+from ..kernels.norm_quantize import Norm
 from ..kernels.quantize import Rounding
 from ..scaling.block import get_block
 from ..scaling.qtensor import QTensor
 from . import gemm as gemm_verb
 from .check import matrix_shape
+from .epilogue import fused
+from .quantize import carrier_shift
 from .table import Choice, choices, kernels
 
 
@@ -41,12 +45,21 @@ class Explanation(list[Choice]):
 def explain(verb: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel runs `verb` on these arguments, and why the others do not.
 
-    verb     "quantize", "dequantize", "gemm", "copy" or "commit", with the arguments of the function of that name
-    returns  a list of (name, reason) that prints itself; reason is None where the kernel can run
+    verb     the name of a public function, with its arguments: "quantize", "dequantize", "gemm", "rms_norm_quantize",
+             "layer_norm_quantize", "swiglu_quantize", "activation_quantize", "copy"; or another verb of the table, with
+             the arguments of its kernels
+    returns  a list of (name, reason) that prints itself; reason is None where the kernel can run. A line "composed"
+             stands at the end where gemm makes its epilogue from other verbs
     raises   ValueError for an unknown verb
     """
+    verb, given = PRODUCERS[verb](*args, **kwargs) if verb in PRODUCERS else (verb, None)
     kernels(verb)
-    return Explanation(verb, choices(verb, *_kernel_args(verb, *args, **kwargs)))
+    given = given or _kernel_args(verb, *args, **kwargs)
+    rows = choices(verb, *given)
+    if verb == "gemm" and len(given) == 5 and fused(*given) is None:
+        instead = "it would be slow: the verb composes the same from plain gemm, torch and quantize"
+        rows = [Choice(row.name, row.reason or instead) for row in rows] + [Choice("composed", None)]
+    return Explanation(verb, rows)
 
 
 def _kernel_args(verb: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -59,12 +72,47 @@ def _kernel_args(verb: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return args
 
 
-def _quantize_args(x: Tensor, fmt: Any, *, block: Any = "tensor", scale: Any = None, **_: Any) -> tuple[Any, ...]:
+def _quantize_args(
+    x: Tensor, fmt: Any, *, block: Any = "tensor", scale: Any = None, carrier: bool = False, **_: Any
+) -> tuple[Any, ...]:
     fmt, block = get_format(fmt), get_block(block)
     shape = matrix_shape(x)
     given = torch.zeros(block.grid(*shape), device=x.device) if scale is None else scale
-    return x.reshape(shape), given, Rounding(fmt, block, fmt.target)
+    k = carrier_shift(fmt, fmt.target) if carrier else None
+    return x.reshape(shape), given, Rounding(fmt, block, fmt.target, carrier=k)
 
 
 def _dequantize_args(q: QTensor, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return q.codes.reshape(matrix_shape(q.codes)), q.scale, q.fmt, dtype
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, fmt: Any, *, offset: float = 0.0, **rest: Any) -> Any:
+    return "norm_quantize", _norm_args(x, Norm(weight, None, eps, center=False, offset=offset), fmt, **rest)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fmt: Any, **rest: Any) -> Any:
+    return "norm_quantize", _norm_args(x, Norm(weight, bias, eps, center=True), fmt, **rest)
+
+
+def _norm_args(x: Tensor, norm: Norm, fmt: Any, **rest: Any) -> tuple[Any, ...]:
+    matrix, given, how = _quantize_args(x, fmt, **rest)
+    return matrix, given, norm, how
+
+
+def _swiglu(gate: Tensor, up: Tensor, fmt: Any, **rest: Any) -> Any:
+    matrix, given, how = _quantize_args(gate, fmt, **rest)
+    return "act_quantize", (matrix, up.reshape(matrix.shape), "silu", given, how)
+
+
+def _activation(x: Tensor, activation: str, fmt: Any, **rest: Any) -> Any:
+    matrix, given, how = _quantize_args(x, fmt, **rest)
+    return "act_quantize", (matrix, None, activation, given, how)
+
+
+# public functions that share a verb of the table: name -> (arguments -> verb, arguments of its kernels)
+PRODUCERS: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]] = {
+    "rms_norm_quantize": _rms_norm,
+    "layer_norm_quantize": _layer_norm,
+    "swiglu_quantize": _swiglu,
+    "activation_quantize": _activation,
+}

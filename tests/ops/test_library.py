@@ -50,6 +50,23 @@ CASES = {
         torch.float32,
     ),
     "gemm_no_bias": lambda: (*operand(4, 16), *operand(8, 16), None, torch.bfloat16),
+    "gemm_epilogue": lambda: (
+        *operand(4, 16),
+        *operand(8, 16, "e4m3", "row"),
+        torch.randn(8, requires_grad=True),
+        torch.float32,
+        "none",
+        torch.randn(4, 8).bfloat16().requires_grad_(),
+    ),
+    "gemm_quantize": lambda: (
+        *operand(4, 16),
+        *operand(8, 16),
+        None,
+        "silu",
+        torch.randn(4, 8),
+        torch.full((1, 1), 0.25),
+        "hif8",
+    ),
     "linear": lambda: (
         torch.randn(4, 16),
         torch.zeros(1, 1),
@@ -71,6 +88,53 @@ CASES = {
         False,
         True,
     ),
+    "norm_quantize": lambda: (
+        torch.randn(2, 3, 16),
+        torch.zeros(6, 1),
+        torch.randn(16),
+        torch.randn(16),
+        1e-6,
+        True,
+        0.0,
+        *HOW,
+        True,
+    ),
+    "norm_quantize_observed": lambda: (
+        torch.randn(6, 16).bfloat16(),
+        torch.zeros(6, 1),
+        torch.zeros(1),
+        torch.zeros(4, dtype=torch.int64),
+        torch.randn(16),
+        None,
+        1e-6,
+        False,
+        1.0,
+        *HOW,
+        False,
+    ),
+    "norm_backward": lambda: (
+        torch.randn(6, 16),
+        torch.randn(6, 16),
+        torch.rand(6),
+        None,
+        torch.randn(16),
+        None,
+        1e-6,
+        False,
+        0.0,
+    ),
+    "act_quantize": lambda: (torch.randn(6, 16), torch.zeros(6, 1), torch.randn(6, 16), "silu", *HOW, True),
+    "act_quantize_observed": lambda: (
+        torch.randn(2, 3, 16),
+        torch.zeros(6, 1),
+        torch.zeros(1),
+        torch.zeros(4, dtype=torch.int64),
+        None,
+        "gelu",
+        *HOW,
+        False,
+    ),
+    "act_backward": lambda: (torch.randn(6, 16), torch.randn(6, 16).half(), torch.randn(6, 16), "gelu_tanh"),
     "commit": lambda: (
         [torch.rand(3, 8), torch.zeros(3, 8)],
         [torch.rand(3), torch.zeros(3)],
@@ -148,8 +212,8 @@ def test_gemm_refuses_plain_tensors_and_dtypes() -> None:
     q = quantize(torch.randn(4, 16), "hif8")
     with pytest.raises(TypeError, match=r"w is Tensor.*fp8kernels\.quantize"):
         gemm(q, torch.randn(4, 16))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="float16"):
-        gemm(q, q, out_dtype=torch.float16)
+    with pytest.raises(ValueError, match="float64"):
+        gemm(q, q, out_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shapes", [((0, 16), (8, 16)), ((4, 16), (0, 16)), ((4, 0), (8, 0)), ((2, 0, 16), (8, 16))])
