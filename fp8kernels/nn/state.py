@@ -183,6 +183,18 @@ def quantize_role(
     transpose  keep the transposed codes too
     carrier    the k of a carrier, or None
     """
+    given, how, fmt = role_arguments(x, role, target, power_of_two, scale, transpose=transpose, carrier=carrier)
+    if observer is None:
+        codes, codes_t, used, _, _ = torch.ops.fp8kernels.quantize(x, given, *how)
+    else:
+        codes, used, codes_t = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
+    return Coded(codes, used, fmt, codes_t if transpose else None)
+
+
+def role_arguments(
+    x: Tensor, role: Role, target: float, power_of_two: bool, scale: Tensor, *, transpose: bool, carrier: int | None
+) -> tuple[Tensor, tuple[Any, ...], str]:
+    """What the ops that quantize a tensor of x's shape take: scales, how to round, and the name of the codes' format."""
     fmt, block = get_format(role.fmt), get_block(role.block)
     if role.scaling == "current":
         rows = x.numel() // x.shape[-1] if x.numel() else 0
@@ -190,8 +202,4 @@ def quantize_role(
     else:
         given = scale.reshape(1, 1)
     how = (fmt.name, block.name, target, 0, power_of_two, True, transpose, carrier)
-    if observer is None:
-        codes, codes_t, used, _, _ = torch.ops.fp8kernels.quantize(x, given, *how)
-    else:
-        codes, used, codes_t = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
-    return Coded(codes, used, fmt.name if carrier is None else E4M3.name, codes_t if transpose else None)
+    return given, how, fmt.name if carrier is None else E4M3.name
