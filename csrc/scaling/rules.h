@@ -1,4 +1,4 @@
-// How an amax becomes a scale: the same to the bit as fp8kernels/scaling/rules.py.
+// How an amax becomes a scale: the same to the bit as fp8kernels/scaling/rules.py, on host and device.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct ScaleRule {
 };
 
 // amax is finite and not negative. The result decodes: x = code * scale.
-static inline float scale_from_amax(float amax, float target, ScaleRule rule) {
+FP8K_HD static inline float scale_from_amax(float amax, float target, ScaleRule rule) {
     if (amax == 0.0f) return 1.0f;
     float scale = amax / target * rule.headroom;
     const auto clamp = [](float s) {
