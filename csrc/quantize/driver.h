@@ -3,6 +3,7 @@
 // Blocks that fit the cache are read for their amax (if they have no scale) and again, from the cache, to be encoded. A
 // larger block is cut into pieces; where a scale is missing, one pass over memory finds the amax and a second encodes.
 // A thread works on a contiguous range of blocks or pieces. Maxima and sums of integers do not depend on the order.
+// With a carrier the codes are looked up in a table right after they were written, while the cache has them.
 //
 // `Kernel` gives, for one input type and one format:
 //   T                                                        the element as it lies in memory
@@ -57,6 +58,8 @@ class Driver {
     int64_t stride_, block_rows_, block_cols_, grid_cols_, blocks_;
     int64_t cols_;
     bool stream_;
+    bool carried_;
+    Carrier carrier_;
 
     // A rectangle of x inside one block.
     struct Piece {
@@ -86,14 +89,28 @@ class Driver {
 
     float own_scale(uint32_t amax_bits, const Piece& whole) const {
         const float amax = amax_bits < kInfBits ? float_from_bits(amax_bits) : finite_amax(whole);
-        return scale_from_amax(amax, args_.target, args_.rule);
+        return usable(scale_from_amax(amax, args_.target, args_.rule));
+    }
+
+    float usable(float scale) const { return carried_ ? usable_scale(scale, args_.carrier) : scale; }
+
+    void encode(const T* x, uint8_t* codes, int64_t n, float scale, Tally& tally) const {
+        const BlockScale block{scale, args_.saturate};
+        if (!carried_) return Kernel::encode(x, codes, n, block, stream_, tally);
+        int64_t saturated = tally.saturated, flushed = 0;
+        Kernel::encode(x, codes, n, block, stream_, tally);
+        for (int64_t i = 0; i < n; ++i) {
+            saturated += carrier_.above[codes[i]];  // what overflowed HiF8 is among them
+            flushed += carrier_.below[codes[i]];
+            codes[i] = carrier_.code[codes[i]];
+        }
+        tally.saturated = saturated;
+        tally.flushed += flushed;
     }
 
     void encode(const Piece& piece, float scale, Tally& tally) const {
-        const BlockScale block{scale, args_.saturate};
         for (int64_t r = piece.row; r < piece.row + piece.rows; ++r) {
-            Kernel::encode(x_ + r * stride_ + piece.col, args_.codes + r * cols_ + piece.col, piece.cols, block,
-                           stream_, tally);
+            encode(x_ + r * stride_ + piece.col, args_.codes + r * cols_ + piece.col, piece.cols, scale, tally);
         }
     }
 
@@ -128,7 +145,7 @@ class Driver {
             }
         }
         for (int64_t i = 0; i < count; ++i) {
-            scale[i] = given[i] == 0.0f ? own_scale(seen[i], block(b + i)) : given[i];
+            scale[i] = given[i] == 0.0f ? own_scale(seen[i], block(b + i)) : usable(given[i]);
             seen[i] = 0;
         }
         for (int64_t r = strip.row; r < strip.row + block_rows_; ++r) {
@@ -136,7 +153,7 @@ class Driver {
             uint8_t* codes = args_.codes + r * cols_ + strip.col;
             for (int64_t i = 0; i < count; ++i, x += block_cols_, codes += block_cols_) {
                 tally.amax = seen[i];
-                Kernel::encode(x, codes, block_cols_, {scale[i], args_.saturate}, stream_, tally);
+                encode(x, codes, block_cols_, scale[i], tally);
                 seen[i] = tally.amax;
             }
         }
@@ -178,7 +195,7 @@ class Driver {
         bool missing = false;
         for (int64_t b = 0; b < blocks_; ++b) {
             args_.amax[b] = 0.0f;
-            args_.scale_out[b] = args_.scale_in[b];
+            args_.scale_out[b] = usable(args_.scale_in[b]);
             missing = missing || args_.scale_in[b] == 0.0f;
         }
         if (missing) {
@@ -212,7 +229,9 @@ class Driver {
         block_rows_ = args.rows / args.grid_rows;
         block_cols_ = args.cols / args.grid_cols;
         blocks_ = args.grid_rows * args.grid_cols;
-        stream_ = args.rows * args.cols >= kStream;
+        carried_ = args.carrier != kNoCarrier;
+        if (carried_) carrier_ = Carrier::make<HiF8>(args.carrier);
+        stream_ = !carried_ && args.rows * args.cols >= kStream;
         if (grid_cols_ == 1 && (stride_ == cols_ || block_rows_ == 1)) {  // a block is one run of memory
             stride_ = block_rows_ == 1 ? stride_ : stride_ * block_rows_;
             block_cols_ = cols_ = cols_ * block_rows_;
@@ -223,11 +242,14 @@ class Driver {
     void run() const {
         args_.counts[0] = args_.rows * args_.cols;
         args_.counts[1] = args_.counts[2] = args_.counts[3] = 0;
-        if (stream_) advise_huge_pages(args_.codes, static_cast<size_t>(args_.counts[0]));
+        if (args_.counts[0] >= kStream) advise_huge_pages(args_.codes, static_cast<size_t>(args_.counts[0]));
         if (block_rows_ * block_cols_ <= kBlockInCache) {
             run_small();
         } else {
             run_large();
+        }
+        if (carried_) {
+            for (int64_t b = 0; b < blocks_; ++b) args_.scale_out[b] *= carrier_step(args_.carrier);
         }
     }
 };

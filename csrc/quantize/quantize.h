@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "formats/format.h"
+#include "quantize/carrier.h"
 #include "scaling/rules.h"
 
 namespace fp8kernels {
@@ -27,6 +28,7 @@ struct QuantizeArgs {
     ScaleRule rule;  // how its scale is made
     bool saturate;
     int threads;
+    int carrier = kNoCarrier;  // or k (fmt is HiF8): codes are E4M3's of value * 2^k, scale_out is scale * 2^-k
 };
 
 // Writes scale_out, amax, codes and counts. rows and cols are at least 1.

@@ -16,7 +16,7 @@ struct Result {
     int64_t counts[4];
 };
 
-Result quantize_all(const std::vector<float>& x, FormatId fmt, bool saturate) {
+Result quantize_all(const std::vector<float>& x, FormatId fmt, bool saturate, int carrier = kNoCarrier) {
     const auto n = static_cast<int64_t>(x.size());
     Result out{std::vector<uint8_t>(x.size()), 0, 0, {}};
     const float scale = 1.0f;
@@ -36,7 +36,8 @@ Result quantize_all(const std::vector<float>& x, FormatId fmt, bool saturate) {
               1.0f,
               {1.0f, false},
               saturate,
-              1});
+              1,
+              carrier});
     return out;
 }
 
@@ -69,6 +70,31 @@ void check_format(const char* isa, const char* fmt) {
     }
 }
 
+// The codes of a carrier against the nearest E4M3 value of what the format's own codes stand for, times 2^k.
+template <class Fmt>
+void check_carrier(const char* isa, const char* fmt) {
+    const std::vector<float> x = hard_numbers(Fmt::kId);
+    for (int k : {0, 1, 4, 13}) {
+        const Result plain = quantize_all(x, Fmt::kId, true), got = quantize_all(x, Fmt::kId, true, k);
+        int64_t saturated = 0, flushed = 0;
+        for (size_t i = 0; i < x.size(); ++i) {
+            const float wanted = std::ldexp(decode_table(Fmt::kId)[plain.codes[i]], k);
+            const uint8_t code = judge<E4M3>(wanted, true);
+            CHECK(got.codes[i] == code, "%s %s: %a gives %02x with k = %d, nearest is %02x", isa, fmt, x[i],
+                  got.codes[i], k, code);
+            const float decoded = decode_table(FormatId::e4m3)[code];
+            const bool overflow = std::fabs(x[i]) >= float_from_bits(Fmt::kOverflowBits);
+            const bool above = std::fabs(wanted) > float_from_bits(E4M3::kMaxBits);
+            saturated += overflow || above;
+            flushed += std::isfinite(x[i]) && x[i] != 0 && !above && (wanted == 0 || decoded != wanted);
+        }
+        CHECK(got.scale == std::ldexp(1.0f, -k), "%s %s: %g", isa, fmt, got.scale);
+        CHECK(got.counts[1] == saturated, "%s %s: %d", isa, fmt, static_cast<int>(got.counts[1]));
+        CHECK(got.counts[2] == flushed, "%s %s: %d", isa, fmt, static_cast<int>(got.counts[2]));
+        CHECK(got.counts[3] == plain.counts[3], "%s %s: %d", isa, fmt, static_cast<int>(got.counts[3]));
+    }
+}
+
 int main() {
     for (const char* isa : {"portable", "avx2", "avx512"}) {
         if (!set_isa(isa)) {
@@ -78,6 +104,7 @@ int main() {
         check_format<HiF8>(isa, "hif8");
         check_format<E4M3>(isa, "e4m3");
         check_format<E5M2>(isa, "e5m2");
+        check_carrier<HiF8>(isa, "hif8");
     }
     return report("quantize");
 }

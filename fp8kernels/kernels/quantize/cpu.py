@@ -12,11 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...formats import HIF8
 from ..compiled import load
 from . import Observer, Quantized, Rounding
+from .carrier import LARGEST_SHIFT, scale_of_codes
 
 _cpu, MISSING = load("_cpu")
 
+NO_CARRIER = -1  # kNoCarrier of csrc/quantize/carrier.h
 INPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # InputType of csrc/quantize/quantize.h
 
 
@@ -34,8 +37,8 @@ def why_not(
         return f"scale is {scale.dtype}: it is fp32"
     if x.layout != torch.strided or x.is_conj():
         return f"x has layout {x.layout}: this kernel takes strided tensors"
-    if how.carrier is not None:
-        return "this kernel writes no carrier"
+    if how.carrier is not None and (how.fmt is not HIF8 or not 0 <= how.carrier <= LARGEST_SHIFT):
+        return f"a carrier of {how.fmt.name} with k = {how.carrier}: this kernel knows hif8 with 0 to {LARGEST_SHIFT}"
     if observer is not None and not (
         _is_state(observer.pending, torch.float32) and _is_state(observer.counters, torch.int64)
     ):
@@ -73,7 +76,8 @@ def quantize_into(
     rows, cols = x.shape
     grid_rows, grid_cols = scale.shape
     if x.numel() == 0:
-        out.scale.copy_(torch.where(scale == 0, 1.0, scale))
+        scale = torch.where(scale == 0, 1.0, scale)
+        out.scale.copy_(scale if how.carrier is None else scale_of_codes(scale, how.carrier))
         out.amax.zero_()
         out.counts.zero_()
         return out
@@ -102,5 +106,6 @@ def quantize_into(
         how.power_of_two,
         how.saturate,
         torch.get_num_threads(),
+        *(() if how.carrier is None else (how.carrier,)),
     )
     return out
