@@ -36,5 +36,5 @@ void bind_quantize(py::module_& m) {
         py::arg("grid_cols"), py::arg("scale_in"), py::arg("scale_out"), py::arg("amax"), py::arg("codes"),
         py::arg("codes_t"), py::arg("counts"), py::arg("pending"), py::arg("counters"), py::arg("fmt"),
         py::arg("target"), py::arg("headroom"), py::arg("power_of_two"), py::arg("saturate"), py::arg("threads"),
-        py::arg("carrier") = kNoCarrier, py::call_guard<py::gil_scoped_release>());
+        py::arg("carrier"), py::call_guard<py::gil_scoped_release>());
 }

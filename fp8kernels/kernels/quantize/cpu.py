@@ -106,6 +106,6 @@ def quantize_into(
         how.power_of_two,
         how.saturate,
         torch.get_num_threads(),
-        *(() if how.carrier is None else (how.carrier,)),
+        NO_CARRIER if how.carrier is None else how.carrier,
     )
     return out
