@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -87,10 +91,39 @@ def compile_for(
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    built = triton.compile(source, target=TARGETS[target], options=options)
-    kind = "cubin" if "cubin" in built.asm else "hsaco"
-    path = next(Path(p) for name, p in built.metadata_group.items() if name.endswith(f".{kind}"))
-    return Built(kernel.__name__, target, built.asm, path)
+    return _built(kernel.__name__, target, triton.compile(source, target=TARGETS[target], options=options))
+
+
+@contextmanager
+def launches(target: str) -> Iterator[list[Built]]:
+    """Collects what each kernel launched inside is compiled to for a target; nothing runs.
+
+    So a launcher, called with CPU tensors, compiles exactly what it would launch on that GPU: the same types,
+    alignments, constants and options.
+    """
+    built: list[Built] = []
+    compile_only = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
+        built.append(_built(self.__name__, target, kernel))
+
+    on_target = mock.Mock()
+    on_target.get_current_device.return_value = target
+    on_target.get_current_target.return_value = TARGETS[target]
+    before = driver._active
+    driver.set_active(on_target)
+    try:
+        with mock.patch.object(JITFunction, "run", run):
+            yield built
+    finally:
+        driver._active = before
+
+
+def _built(name: str, target: str, kernel: Any) -> Built:
+    kind = "cubin" if "cubin" in kernel.asm else "hsaco"
+    path = next(Path(p) for file, p in kernel.metadata_group.items() if file.endswith(f".{kind}"))
+    return Built(name, target, kernel.asm, path)
 
 
 def _run(*command: str | Path) -> str:
