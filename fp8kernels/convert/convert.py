@@ -11,10 +11,13 @@ from rich.table import Table
 from torch import nn
 
 from ..console import console
+from ..nn.producer import Producer, producers
 from ..nn.state import Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
 from ..recipe import Recipe, get_recipe
 from ..scaling.delayed import PREFIX, is_state
+from .fuse import Fusion, plan_fusion
+from .fuse import fuse as carry_out
 from .plan import CONVERTED, REPLACEMENTS, Decision, Filter, plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,13 +26,20 @@ ORIGINAL = "_fp8_original"  # the class a converted layer had
 
 
 def convert(
-    model: Model, recipe: Recipe | str = "hif8-qat", *, filter: Filter | None = None, verbose: bool = True
+    model: Model,
+    recipe: Recipe | str = "hif8-qat",
+    *,
+    filter: Filter | None = None,
+    fuse: bool = True,
+    verbose: bool = True,
 ) -> Model:
     """Make the linear layers, patch embeddings and attention projections of a model 8-bit, in place.
 
     model    any torch.nn.Module; parameters, hooks and references to its layers stay as they are
     recipe   a name ("hif8-qat", "e4m3-delayed", "e4m3-row", "e4m3-block128") or a Recipe
     filter   (module, name) -> bool; False leaves a layer as it is
+    fuse     let norms and activations hand codes to the 8-bit layers that alone read them: one rounding for q, k and v,
+             and on a GPU one kernel for the norm and its rounding. Histories and scales stay those of fuse=False
     verbose  print what was converted, and why the rest was not
     returns  the model
     raises   ValueError if nothing can be converted (with the reasons) or the recipe is unknown; TypeError if this is no
@@ -49,12 +59,16 @@ def convert(
     family = Family()
     for decision in todo:
         _replace(decision, family)
+    fusions = plan_fusion(model) if fuse and todo else []
+    carry_out(fusions)
     _avoid_fused_encoder(model)
     if todo and not hasattr(model, "_fp8_load_check"):
         model._fp8_load_check = model.register_load_state_dict_pre_hook(_check_state)  # type: ignore[assignment]
     watch(model)
     if verbose:
         console().print(table(decisions, recipe))
+        if fusions:
+            console().print(fusion_table(fusions))
     return model
 
 
@@ -66,6 +80,10 @@ def revert(model: Model) -> Model:
     found = layers(model)
     if not found:
         raise ValueError("revert: the model has no 8-bit layers")
+    reverted = {id(layer) for layer in found}
+    for producer in list(producers):
+        if any(id(reader) in reverted for reader in producer.fp8_readers):
+            producer.release()
     for layer in found:
         layer.detach_state()
         copies.discard(layer)
@@ -97,6 +115,22 @@ def table(decisions: list[Decision], recipe: Recipe) -> Table:
             rows[pattern, kind, first, second, third] += 1
     for (pattern, kind, first, second, third), count in rows.items():
         out.add_row(pattern, str(count), kind, first, second, third, style=None if second else "dim")
+    return out
+
+
+def fusion_table(fusions: list[Fusion]) -> Table:
+    """The fusions as a rich table: modules that differ only in a number stand in one row."""
+    done = sum(f.reason is None for f in fusions)
+    out = Table(title=f"{done} of {len(fusions)} norms and MLPs make the codes themselves", title_justify="left")
+    for column in ("module", "count", "type", "codes for"):
+        out.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+    rows: collections.Counter[tuple[str, str, str, bool]] = collections.Counter()
+    for f in fusions:
+        cls = f.module.fp8_original if isinstance(f.module, Producer) else type(f.module)
+        said = ", ".join(place.name for place in f.places) if f.reason is None else f"none: {f.reason}"
+        rows[re.sub(r"\d+", "*", f.name) or "(the model)", cls.__name__, said, f.reason is None] += 1
+    for (pattern, kind, said, is_fused), count in rows.items():
+        out.add_row(pattern, str(count), kind, said, style=None if is_fused else "dim")
     return out
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
+from .coded import codes_for
 from .state import Coded, ScaledLayer, quantize_role
 
 
@@ -20,7 +21,8 @@ def output_dtype(x: Tensor) -> torch.dtype:
 def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x[..., K] @ weight[N, K].T + bias through 8-bit codes, differentiable in x, weight and bias.
 
-    The codes, not the high-precision tensors, are kept for the backward. raises TypeError for float64 and integer x
+    A CodedTensor that was made for this layer is not quantized again. The codes, not the high-precision tensors, are
+    kept for the backward. raises TypeError for float64 and integer x
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"layer {layer.fp8_name!r}: input is {x.dtype}, it must be float32, bfloat16 or float16")
@@ -36,7 +38,9 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     recipe, dtype = layer.fp8_recipe, output_dtype(x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     transpose = needs_grad and keeps_transposed(x.device, recipe)
-    x_coded = layer.fp8_quantize(x, INPUT, transpose=transpose and weight.requires_grad)
+    x_coded = codes_for(layer, x, transpose=transpose and weight.requires_grad)
+    if x_coded is None:
+        x_coded = layer.fp8_quantize(x, INPUT, transpose=transpose and weight.requires_grad)
     w_coded = layer.fp8_quantize(weight, WEIGHT, transpose=transpose and x.requires_grad)
     if not needs_grad:
         return product(x_coded, w_coded, bias, dtype)

@@ -194,7 +194,7 @@ def quantize_role(
 def role_arguments(
     x: Tensor, role: Role, target: float, power_of_two: bool, scale: Tensor, *, transpose: bool, carrier: int | None
 ) -> tuple[Tensor, tuple[Any, ...], str]:
-    """What the ops that quantize a tensor of x's shape take: scales, how to round, and the name of the codes' format."""
+    """What the ops that quantize a tensor of x's shape take: scales, how to round; and the format of the codes."""
     fmt, block = get_format(role.fmt), get_block(role.block)
     if role.scaling == "current":
         rows = x.numel() // x.shape[-1] if x.numel() else 0

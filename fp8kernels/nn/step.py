@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..kernels.commit import ScaleRule
 from ..ops import commit_states
+from .producer import share
 from .state import ScaledLayer, copies
 
 AfterCommit = Callable[[list[ScaledLayer]], None]
@@ -46,6 +47,7 @@ def commit_layers(found: list[ScaledLayer], *, group: Any = None) -> None:
     if any(layer.fp8_scale.device.type == "meta" for layer in found):
         raise ValueError("commit: the model is on the meta device; give it storage with .to_empty(device=…) first")
     with torch.no_grad():
+        share(found)
         for layer in found:
             layer.fp8_hold_static()
         _reduce(found, group)

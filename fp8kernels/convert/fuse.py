@@ -1,0 +1,196 @@
+"""Which modules hand codes to the 8-bit layers behind them: norms before linear layers, activations inside MLPs.
+
+A block is recognised by what its forward does, not by its name: transformers' Llama, Qwen and Mistral layers, its
+vision transformers and timm's blocks all say "these linear layers, and nothing else, read the result of this norm".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import functional as F
+
+from .. import nn as scaled
+from ..nn.mlp import FusedGatedMLP, FusedMLP
+from ..nn.norm import FusedNorm
+from ..nn.producer import Place, Producer, fused_class
+from ..recipe import Recipe
+from .source import Unreadable, readers, same_forward
+
+FUSED = "already fused"
+
+# transformers' LlamaRMSNorm and its copies
+RMS_NORM = """
+    input_dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * x.to(input_dtype)
+"""
+GATED_MLP = (
+    """
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+    """,
+    "return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+)
+VIT_MLP = """
+    x = self.fc1(x)
+    x = self.activation_fn(x)
+    x = self.fc2(x)
+    return x
+"""
+TIMM_MLP = (
+    """
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.norm(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+    """,
+    """
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+    """,
+)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What becomes of one norm or MLP: the layers it makes codes for, or the reason why it does not."""
+
+    name: str
+    module: nn.Module
+    mixin: type[Producer]
+    places: tuple[Place, ...] = ()
+    activation: str | None = None
+    reason: str | None = None
+
+
+def plan_fusion(model: nn.Module) -> list[Fusion]:
+    """A decision for every norm and MLP that stands before or around 8-bit linear layers of a converted model."""
+    counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    out: list[Fusion] = []
+    taken: set[int] = set()  # layers whose input somebody makes already
+    for found in _candidates(model):
+        reason = found.reason or _why_not(found, counts, taken)
+        if reason is None:
+            taken.update(id(getattr(place.parent, place.name)) for place in found.places)
+            out.append(found)
+        else:
+            out.append(Fusion(found.name, found.module, found.mixin, reason=reason))
+    return out
+
+
+def fuse(fusions: Sequence[Fusion]) -> None:
+    """Carry the decisions out, in place."""
+    for fusion in fusions:
+        if fusion.reason is None:
+            module = fusion.module
+            module.__class__ = fused_class(fusion.mixin, type(module))
+            assert isinstance(module, Producer)
+            if fusion.activation is not None:
+                module.__dict__["fp8_activation"] = fusion.activation
+            module.join(fusion.places)
+
+
+def _candidates(model: nn.Module) -> Iterator[Fusion]:
+    for name, module in model.named_modules():
+        if isinstance(module, Producer):
+            yield Fusion(name, module, FusedNorm, reason=FUSED)
+        elif (mlp := _mlp(name, module)) is not None:
+            yield mlp
+        for child_name, child in module.named_children():
+            if not isinstance(child, Producer) and is_norm(child):
+                yield _norm(f"{name}.{child_name}" if name else child_name, child, module, child_name)
+
+
+def _norm(name: str, norm: nn.Module, block: nn.Module, origin: str) -> Fusion:
+    try:
+        places = _distinct(readers(block, origin))
+    except Unreadable as error:
+        return Fusion(name, norm, FusedNorm, reason=str(error))
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and len(norm.normalized_shape) != 1:
+        return Fusion(name, norm, FusedNorm, reason=f"it normalises over {len(norm.normalized_shape)} dimensions")
+    return Fusion(name, norm, FusedNorm, places, reason=None if places else "nothing reads its result")
+
+
+def _mlp(name: str, module: nn.Module) -> Fusion | None:
+    """The decision for an MLP of a known kind; None for everything else."""
+    names = set(module._modules)
+    mixin: type[Producer] = FusedMLP
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names and same_forward(module, *GATED_MLP):
+        mixin, act, last = FusedGatedMLP, "act_fn", "down_proj"
+    elif {"fc1", "activation_fn", "fc2"} <= names and same_forward(module, VIT_MLP):
+        act, last = "activation_fn", "fc2"
+    elif {"fc1", "act", "drop1", "fc2", "drop2"} <= names and same_forward(module, *TIMM_MLP):
+        if not isinstance(module._modules.get("norm", nn.Identity()), nn.Identity):
+            return Fusion(name, module, FusedMLP, reason="it has a norm between activation and fc2")
+        if not isinstance(module.drop1, (nn.Dropout, nn.Identity)):
+            return Fusion(name, module, FusedMLP, reason=f"drop1 is a {type(module.drop1).__name__}")
+        act, last = "act", "fc2"
+    else:
+        return None
+    activation = activation_of(getattr(module, act))
+    if activation is None:
+        return Fusion(name, module, mixin, reason=f"no kernel computes {type(getattr(module, act)).__name__}")
+    return Fusion(name, module, mixin, (Place(module, last),), activation)
+
+
+def _why_not(found: Fusion, counts: Counter[int], taken: set[int]) -> str | None:
+    """Why the layers that read a result cannot share its codes, in words, or None."""
+    layers = [getattr(place.parent, place.name) for place in found.places]
+    if counts[id(found.module)] > 1:
+        return "it is called from several places"
+    for place, layer in zip(found.places, layers, strict=True):
+        if type(layer) is not scaled.Linear:
+            return f"{place.name} is not converted"
+        if counts[id(layer)] > 1 or id(layer) in taken:
+            return f"{place.name} is called from several places"
+        if _input_rules(layer.fp8_recipe) != _input_rules(layers[0].fp8_recipe):
+            return f"{found.places[0].name} and {place.name} have different recipes for their input"
+    return None
+
+
+def _input_rules(recipe: Recipe) -> tuple[object, ...]:
+    """All that decides what the state of an input becomes."""
+    return (
+        recipe.input, recipe.algorithm, recipe.window, recipe.margin, recipe.power_of_two, recipe.warmup_steps
+    )  # fmt: skip
+
+
+def _distinct(places: list[Place]) -> tuple[Place, ...]:
+    return tuple(dict.fromkeys(places))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """torch's LayerNorm and RMSNorm, and transformers' RMSNorm by what its forward does."""
+    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return True
+    return {"weight"} == set(module._parameters) and not module._modules and same_forward(module, RMS_NORM)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name of the activation that a module computes, or None if no kernel knows it."""
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if type(module) in (nn.SiLU, nn.ReLU):
+        return type(module).__name__.lower()
+    if type(module).__module__ != "transformers.activations":
+        return None
+    act = getattr(module, "act", None)  # GELU of transformers is a function, or another one written out in Python
+    if type(module).__name__ == "GELUActivation" and act is F.gelu:
+        return "gelu"
+    if type(module).__name__ == "GELUTanh" and isinstance(act, functools.partial) and act.func is F.gelu:
+        return "gelu_tanh"
+    return {"SiLUActivation": "silu", "NewGELUActivation": "gelu_tanh"}.get(type(module).__name__)
