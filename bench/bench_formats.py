@@ -12,7 +12,8 @@ from fp8kernels.formats import get_format
 from fp8kernels.kernels.quantize import Quantized, Rounding
 from fp8kernels.scaling import get_block
 
-from .case import Case, Shape, assert_same, kernel, text
+from .case import Case, Shape, kernel, text
+from .check import assert_same
 
 FULL, SMALL = (8192, 8192), (512, 1024)
 

@@ -3,64 +3,166 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp8kernels.formats import get_format
+from fp8kernels.formats import E4M3, HIF8, get_format
 from fp8kernels.kernels.gemm import Operand
+from fp8kernels.kernels.quantize import carrier
 
+from . import vendor
 from .bench_dequantize import random_codes
-from .case import Case, Shape, Work, assert_product, kernel, text
+from .case import BANDWIDTH, SPEED, Case, Shape, Work, device_of, in_turn, pick, sets, text
+from .check import assert_product, assert_same, checked_rows, decoded, ternary, ternary_product
+from .measure import COPY_ELEMENTS
 
 FULL, SMALL = (2048, 2048, 2048), (128, 256, 256)  # M, N, K
+CARRIER = "hif8 carrier"  # HiF8 values as E4M3 codes: what a layer with the carrier route multiplies
+
+
+class Pair(NamedTuple):
+    """The operands of one product."""
+
+    x: Operand
+    w: Operand
 
 
 def versus_bf16(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Case:
     """Against torch's bf16 matmul of the decoded operands."""
-    x, w = operands(fmt, shape)
-    dense_x, dense_w = decoded(x).bfloat16(), decoded(w).bfloat16()
-    return _case(x, w, backend, "torch bf16 matmul", lambda: dense_x @ dense_w.T)
+    pairs = operands(fmt, shape, backend)
+    dense = [(decoded(each.x).bfloat16(), decoded(each.w).bfloat16().t()) for each in pairs]
+    return _case(fmt, pairs, backend, "torch bf16 matmul", [partial(torch.mm, a, b) for a, b in dense])
+
+
+def blocks_versus_bf16(shape: Shape = FULL, backend: str = "cpu", unit: str = SPEED) -> Case:
+    """The same with scales 1x128 and 128x128; `unit` TERAFLOPS makes the figure our rate."""
+    pairs = block_operands(shape, backend)
+    dense = [(decoded(each.x).bfloat16(), decoded(each.w).bfloat16().t()) for each in pairs]
+    works: list[Work] = [partial(torch.mm, a, b) for a, b in dense]
+    return _case("e4m3", pairs, backend, "torch bf16 matmul", works, unit=unit)
 
 
 def versus_scaled_mm(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Case:
     """Against torch._scaled_mm on the same codes; torch has no HiF8, so its e4m3 stands in there."""
-    x, w = operands(fmt, shape)
+    pairs = operands(fmt, shape, backend)
     there = "e4m3" if get_format(fmt).carrier is None else fmt
-    a, b = operands(there, shape)
-    carrier = get_format(there).carrier
-    left, right = a.codes.view(carrier), b.codes.view(carrier).t()  # [M, K], [K, N]
-    one = a.scale.reshape(()), b.scale.reshape(())
-    return _case(
-        x, w, backend, f"torch._scaled_mm {there}",
-        lambda: torch._scaled_mm(left, right, scale_a=one[0], scale_b=one[1], out_dtype=torch.bfloat16),
-    )  # fmt: skip
+    theirs = [
+        vendor.tensorwise(each.x, each.w) for each in (pairs if there == fmt else operands(there, shape, backend))
+    ]
+    return _case(fmt, pairs, backend, f"torch._scaled_mm {there}", theirs)
 
 
-def operands(fmt: str, shape: Shape) -> tuple[Operand, Operand]:
-    rows, cols, depth = shape
-    f = get_format(fmt)
-    x = Operand(random_codes((rows, depth), fmt, seed=4), torch.full((1, 1), 0.021), f)
-    w = Operand(random_codes((cols, depth), fmt, seed=5), torch.full((1, 1), 0.0034), f)
-    return x, w
+def versus_vendor(fmt: str, shape: Shape = FULL, backend: str = "table") -> Case:
+    """Against the faster of cuBLASLt's tensorwise and rowwise E4M3 products through torch, padding included."""
+    pairs = operands(fmt, shape, backend)
+    theirs = pairs if fmt == "e4m3" else operands("e4m3", shape, backend)
+    candidates = {
+        "tensorwise": [vendor.tensorwise(each.x, each.w) for each in theirs],
+        "rowwise": [vendor.rowwise(each.x, each.w) for each in theirs],
+    }
+    name, works = vendor.faster(candidates, device_of(backend))
+    return _case(fmt, pairs, backend, "best of torch._scaled_mm tensorwise and rowwise", works, extra={"best": name})
 
 
-def decoded(operand: Operand) -> Tensor:
-    """The operand's numbers in float64."""
-    return operand.fmt.decode(operand.codes).double() * operand.scale.double()
+def blockwise(shape: Shape = FULL, backend: str = "table") -> Case:
+    """E4M3 with scales 1x128 and 128x128, against torch's own such product."""
+    pairs = block_operands(shape, backend)
+    works = [vendor.blockwise(each.x, each.w) for each in pairs]
+    return _case("e4m3", pairs, backend, "torch blockwise scaled_mm", works)
 
 
-def _case(x: Operand, w: Operand, backend: str, against: str, baseline: Work) -> Case:
-    run: Callable[..., Tensor] = kernel("gemm", backend, x, w, None, torch.bfloat16)
-    rows, depth = x.codes.shape
-    cols = w.codes.shape[0]
+def versus_e4m3(fmt: str = CARRIER, shape: Shape = FULL, backend: str = "table") -> Case:
+    """Against our own E4M3 product, by the kernel that the table chooses for it."""
+    pairs = operands(fmt, shape, backend)
+    theirs = operands("e4m3", shape, backend)
+    run = pick("gemm", "table", theirs[0].x, theirs[0].w, None, torch.bfloat16).run
+    works = [partial(run, each.x, each.w, None, torch.bfloat16) for each in theirs]
+    return _case(fmt, pairs, backend, "our E4M3 gemm", works)
+
+
+def versus_copy(fmt: str, shape: Shape = FULL, backend: str = "table") -> Case:
+    """Against torch's copy_ of a tensor beyond any cache, by bytes moved: for few rows the weights are all the work."""
+    pairs = operands(fmt, shape, backend)
+    device = device_of(backend)
+    count = COPY_ELEMENTS if device == "cuda" else 1 << 20
+    source = torch.randn(count, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    # as many copies as products, so that one call of each is one of either
+    works: list[Work] = [lambda: target.copy_(source) for _ in pairs]
+    moved = 2 * source.nbytes
+    return _case(fmt, pairs, backend, "torch copy_ bf16 to bf16", works, unit=BANDWIDTH, baseline_moved=moved)
+
+
+def operands(fmt: str, shape: Shape, backend: str = "cpu") -> list[Pair]:
+    """Random codes with one scale each; on a GPU as many pairs as are beyond its L2."""
+    m, n, k = shape
+    device = device_of(backend)
+
+    def operand(rows: int, seed: int, scale: float) -> Operand:
+        one = torch.full((1, 1), scale, device=device)
+        if fmt != CARRIER:
+            return Operand(random_codes((rows, k), fmt, seed, device), one, get_format(fmt))
+        shift = carrier.shift(HIF8.target)
+        recoded = carrier.recoding(HIF8, shift, device).codes
+        return Operand(recoded[random_codes((rows, k), "hif8", seed, device).long()], one * 2.0**-shift, E4M3)
+
+    count = sets(device, m * k + n * k + 2 * m * n)
+    return [Pair(operand(m, 4 + 2 * i, 0.021), operand(n, 5 + 2 * i, 0.0034)) for i in range(count)]
+
+
+def block_operands(shape: Shape, backend: str = "cpu") -> list[Pair]:
+    """E4M3 codes with a scale for each 1x128 of x and each 128x128 of w; 128 must divide N and K."""
+    m, n, k = shape
+    pairs = operands("e4m3", shape, backend)
+
+    def scales(rows: int, like: Tensor) -> Tensor:
+        return like * (0.5 + torch.rand(rows, k // 128, device=like.device))
+
+    return [
+        Pair(each.x._replace(scale=scales(m, each.x.scale)), each.w._replace(scale=scales(n // 128, each.w.scale)))
+        for each in pairs
+    ]
+
+
+def _case(
+    fmt: str,
+    pairs: list[Pair],
+    backend: str,
+    against: str,
+    baselines: list[Work],
+    *,
+    unit: str = SPEED,
+    baseline_moved: int = 0,
+    extra: dict[str, object] | None = None,
+) -> Case:
+    first = pairs[0]
+    chosen = pick("gemm", backend, first.x, first.w, None, torch.bfloat16)
+    (m, k), n = first.x.codes.shape, first.w.codes.shape[0]
+    device = first.x.codes.device.type
+    blocks = "tensor x tensor" if first.w.scale.numel() == 1 else "1x128 x 128x128"
+
+    def product(pair: Pair) -> Tensor:
+        out: Tensor = chosen.run(pair.x, pair.w, None, torch.bfloat16)
+        return out
 
     def check() -> None:
-        assert_product(run(x, w, None, torch.bfloat16), decoded(x), decoded(w), "gemm")
+        out = product(first)
+        assert out.shape == (m, n), f"gemm gives {tuple(out.shape)}"
+        rows = checked_rows(m, device)
+        scale = first.x.scale if first.x.scale.shape[0] == 1 else first.x.scale[rows]
+        assert_product(out[rows], Operand(first.x.codes[rows], scale, first.x.fmt), first.w, "gemm")
+        whole = Pair(ternary(first.x, 1), ternary(first.w, 2))  # every element, to the bit
+        assert_same(product(whole), ternary_product(*whole).bfloat16(), "gemm of -1, 0 and 1")
 
+    ours = [partial(product, each) for each in pairs]
     return Case(
-        "gemm", "gemm tensor x tensor to bf16", x.fmt.name, backend, text((rows, cols, depth)), against,
-        lambda: run(x, w, None, torch.bfloat16), baseline, check, (f"gemm/{backend}",), flop=2 * rows * cols * depth,
+        "gemm", f"gemm {blocks} to bf16", fmt, chosen.name, text((m, n, k)), against,
+        in_turn(ours), in_turn(baselines), check, (f"gemm/{chosen.name}",), flop=2 * m * n * k, unit=unit,
+        moved=m * k + n * k + 2 * m * n if baseline_moved else 0, baseline_moved=baseline_moved,
+        device=device, calls=len(pairs), extra=extra or {},
     )  # fmt: skip
 
 
@@ -70,3 +172,7 @@ def test_gemm(fmt: str, shape: Shape, backend: str, race: Callable[[Case], None]
 
 def test_gemm_scaled_mm(fmt: str, shape: Shape, backend: str, race: Callable[[Case], None]) -> None:
     race(versus_scaled_mm(fmt, shape, backend))
+
+
+def test_gemm_blocks(shape: Shape, backend: str, race: Callable[[Case], None]) -> None:
+    race(blocks_versus_bf16(shape, backend))

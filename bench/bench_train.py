@@ -1,25 +1,100 @@
-"""One optimizer step of the demo's model: QAT against the same step in BF16."""
+"""One optimizer step: QAT of the demo's model on a CPU, and of a 1B model on a GPU, against the same step in BF16."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fp8kernels
-from fp8kernels.models.llama import llama
+from fp8kernels.models.llama import LlamaSize, llama
+from fp8kernels.recipe import Recipe
 from fp8kernels.training.demo.size import FULL as DEMO
 from fp8kernels.training.demo.size import QUICK, DemoSize
 from fp8kernels.training.step import adamw, train_step
 
-from .case import TIME, Case
+from .case import ANY, SPEED, TIME, Case, device_of, noted
+from .cuda_time import events_only
+from .shapes import PANGU
 
 SETTLE = 3  # steps; the first ones allocate, and make the first scales
 LOSS_TOLERANCE = 0.02  # of the loss after a few steps from the same weights, on the same batch
 BATCHES = 8  # different ones, in turn
 VERBS = ("quantize", "gemm", "dequantize", "commit")  # that a step calls
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A model and the tokens of one of its steps; `config` goes to LlamaConfig."""
+
+    llama: LlamaSize
+    batch: int
+    sequence: int
+    config: tuple[tuple[str, Any], ...] = ()
+    learning_rate: float = 1e-4
+
+
+# openPangu-Embedded-1B, as its config.json has it, on 8k tokens in the sequences that it is trained with in
+# arXiv 2605.26189. What it is called there is a Llama with biases
+PANGU_1B = StepSize(
+    LlamaSize(vocab=153376, hidden=1536, intermediate=6144, layers=26, heads=12, kv_heads=6, context=1024),
+    batch=8, sequence=1024, config=(("attention_bias", True), ("tie_word_embeddings", True), ("rms_norm_eps", 1e-5)),
+)  # fmt: skip
+TINY = StepSize(LlamaSize(256, 64, 128, 2, 4, 64, kv_heads=2), 2, 64)
+
+
+def compiled(
+    recipe: str, grad: str | None = None, size: StepSize = PANGU_1B, backend: str = ANY, against: str = "bf16"
+) -> Case:
+    """A step of the converted model against the plain one, both under torch.compile; or against torchao's float8.
+
+    grad     the format of output gradients, or None: they stay BF16 and so do two products of three
+    against  "bf16" or "torchao"
+    """
+    device = device_of(backend)
+    changed = fp8kernels.get_recipe(recipe).with_format(grad=grad)
+    ours = Run(size, changed, device=device, prepare=_compile)
+    theirs = Run(size, None, device=device, prepare=_compile if against == "bf16" else _torchao)
+    with noted() as kernels:
+        for _ in range(SETTLE):
+            ours.step()
+    for _ in range(SETTLE):
+        theirs.step()
+
+    def check() -> None:
+        assert ours.layers > 0, "nothing was converted"
+        a, b = ours.step(), theirs.step()
+        assert math.isfinite(a), f"the loss of the QAT run is {a}"
+        assert abs(a - b) <= LOSS_TOLERANCE * b, f"losses {a:.4f} in 8 bits and {b:.4f} in BF16 part too far"
+
+    name = recipe if grad is None else f"{recipe}, gradients {grad}"
+    return Case(
+        "train", f"training step of {PANGU.name}'s shape, {name}" if size is PANGU_1B else f"training step, {name}",
+        fp8kernels.get_recipe(recipe).weight.fmt, backend, f"{size.batch}x{size.sequence} tokens",
+        "BF16 under torch.compile" if against == "bf16" else "torchao float8 tensorwise under torch.compile",
+        ours.step, theirs.step, check, tuple(sorted(kernels)), unit=SPEED, device=device,
+        clock=events_only if device == "cuda" else None,
+        extra={"parameters": ours.parameters, "converted_layers": ours.layers},
+    )  # fmt: skip
+
+
+def _compile(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def _torchao(model: nn.Module) -> nn.Module:
+    """The linear layers as torchao's float8 training has them, one scale a tensor; its head stays as it is."""
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise ValueError(f"torchao is not installed: {error}") from None
+    convert_to_float8_training(model, module_filter_fn=lambda module, name: "lm_head" not in name)
+    return _compile(model)
 
 
 def versus_bf16(recipe: str = "hif8-qat", size: DemoSize = DEMO, backend: str = "cpu") -> Case:
@@ -47,15 +122,23 @@ def versus_bf16(recipe: str = "hif8-qat", size: DemoSize = DEMO, backend: str = 
 class Run:
     """A model, its optimizer and its batches; the same in every Run of a size."""
 
-    def __init__(self, size: DemoSize, recipe: str | None) -> None:
+    def __init__(
+        self,
+        size: DemoSize | StepSize,
+        recipe: str | Recipe | None,
+        device: str = "cpu",
+        prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ) -> None:
+        """`prepare` is what becomes of the model last: compilation, for example."""
         torch.manual_seed(9)
-        self.model = llama(size.llama)
+        self.model = llama(size.llama, **dict(getattr(size, "config", ()))).to(device)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if recipe is not None:
             fp8kernels.convert(self.model, recipe, verbose=False)
         self.layers = sum(isinstance(module, fp8kernels.nn.Linear) for module in self.model.modules())
         self.optimizer = adamw(self.model, size.learning_rate / 10)
-        self.batches = list(batches(size))
+        self.model = prepare(self.model)
+        self.batches = list(batches(size).to(device))
         self.count = 0
 
     def step(self) -> float:
@@ -65,7 +148,7 @@ class Run:
         return train_step(self.model, self.optimizer, tokens)
 
 
-def batches(size: DemoSize) -> Tensor:
+def batches(size: DemoSize | StepSize) -> Tensor:
     """Random tokens: a step takes the same time on any text."""
     shape = (BATCHES, size.batch, size.sequence)
     return torch.randint(0, size.llama.vocab, shape, generator=torch.Generator().manual_seed(10))
@@ -73,3 +156,7 @@ def batches(size: DemoSize) -> Tensor:
 
 def test_train(backend: str, race: Callable[[Case], None]) -> None:
     race(versus_bf16(size=QUICK, backend=backend))
+
+
+def test_train_compiled(backend: str, race: Callable[[Case], None]) -> None:
+    race(compiled("e4m3-delayed", size=TINY, backend=ANY if backend == "cpu" else backend))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fp8kernels.ops.table import TABLE
+from fp8kernels.ops.table import TABLE, Kernel, choose
 
-from .measure import Comparison, Work
+from . import cuda_time, measure
+from .measure import Comparison, Samples, Work
+from .shapes import Shape
 
 SPEED, BANDWIDTH, TIME = "times as fast", "of its GB/s", "of its time"
-Shape = tuple[int, ...]
+MICROSECONDS, TERAFLOPS = "µs", "TFLOP/s"
+ANY = "table"  # in place of a backend: the kernel that the table of ops/table.py chooses
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,16 @@ class Case:
 
     verb            which bench file, and which file of rows
     check           raises AssertionError where ours is wrong; compares with the reference kernels
-    unit            what the figure means: SPEED (baseline time / ours), BANDWIDTH (our GB/s / its GB/s) or TIME
+    unit            what the figure means: SPEED (baseline time / ours), BANDWIDTH (our GB/s / its GB/s), TIME (our
+                    time / its), MICROSECONDS or TERAFLOPS of ours alone
     moved           bytes that ours has to read and write; 0 where that does not describe it
     baseline_moved  the same of the baseline
     flop            operations of a product
     kernels         "verb/backend" of every kernel that is timed
     reuse           the baseline writes into a tensor that exists already, so our results reuse freed memory too
+    device          where the tensors are, "cpu" or "cuda"
+    calls           how many calls, on different buffers, one call of `ours` or `baseline` makes; times are those of one
+    clock           what takes the samples, where a stopwatch around the calls would measure something else
     """
 
     verb: str
@@ -47,11 +54,26 @@ class Case:
     flop: int = 0
     reuse: bool = False
     extra: dict[str, object] = field(default_factory=dict)
+    device: str = "cpu"
+    calls: int = 1
+    clock: Callable[[Work, Work, float], Samples] | None = None
+
+    def samples(self, seconds: float) -> Samples:
+        """Seconds of one call, of ours and of the baseline in turns, for about `seconds` in all."""
+        clock = self.clock or (cuda_time.take_turns if self.device == "cuda" else measure.take_turns)
+        found = clock(self.ours, self.baseline, seconds)
+        return Samples(
+            [each / self.calls for each in found.ours], [each / self.calls for each in found.baseline], found.how
+        )
 
     def figure(self, timing: Comparison) -> float:
         """The number that a goal is set for."""
         if self.unit == TIME:
             return 1 / timing.speedup
+        if self.unit == MICROSECONDS:
+            return 1e3 * timing.ours.p50
+        if self.unit == TERAFLOPS:
+            return self.flop / (timing.ours.p50 / 1e3) / 1e12
         if self.unit == BANDWIDTH:
             return timing.speedup * self.moved / self.baseline_moved
         return timing.speedup
@@ -62,13 +84,60 @@ def kernel(verb: str, backend: str, *args: Any, **kwargs: Any) -> Callable[..., 
 
     raises   ValueError if there is no such backend, or if it cannot run on these arguments
     """
+    return pick(verb, backend, *args, **kwargs).run
+
+
+def pick(verb: str, backend: str, *args: Any, **kwargs: Any) -> Kernel:
+    """The line of the table: that of a backend, or with ANY the one that the table chooses; raises as `kernel` does."""
+    if backend == ANY:
+        return choose(verb, *args, **kwargs)
     table = {each.name: each for each in TABLE[verb]}
     if backend not in table:
         raise ValueError(f"{verb} has no backend {backend!r}; it has {', '.join(table)}")
     reason = table[backend].why_not(*args, **kwargs)
     if reason is not None:
         raise ValueError(f"{verb}/{backend} cannot run: {reason}")
-    return table[backend].run
+    return table[backend]
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a bench of this backend belong: on the GPU where there is one, but for backend "cpu"."""
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def generator(seed: int, device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def sets(device: str, size: int) -> int:
+    """How many sets of buffers of `size` bytes calls take in turn, so that none finds its own in the GPU's L2."""
+    return cuda_time.sets_beyond_cache(size) if device == "cuda" else 1
+
+
+def in_turn(calls: list[Work]) -> Work:
+    """One call after the other. All results stay alive until the end, so that each has memory of its own."""
+    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+
+
+@contextmanager
+def noted() -> Iterator[set[str]]:
+    """The set of the "verb/backend" that run inside the with-block."""
+    found: set[str] = set()
+    before = dict(TABLE)
+
+    def watched(verb: str, kernel: Kernel) -> Kernel:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found.add(f"{verb}/{kernel.name}")
+            return kernel.run(*args, **kwargs)
+
+        return kernel._replace(run=run)
+
+    try:
+        for verb, kernels in before.items():
+            TABLE[verb] = tuple(watched(verb, each) for each in kernels)
+        yield found
+    finally:
+        TABLE.update(before)
 
 
 def reference(verb: str) -> Callable[..., Any]:
@@ -78,20 +147,3 @@ def reference(verb: str) -> Callable[..., Any]:
 
 def text(shape: Shape) -> str:
     return "x".join(map(str, shape))
-
-
-def assert_same(ours: Tensor, expected: Tensor, what: str) -> None:
-    """Equal bits, NaN included."""
-    assert ours.shape == expected.shape and ours.dtype == expected.dtype, f"{what}: another shape or dtype"
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
-    different = int((ours.contiguous().view(bits) != expected.contiguous().view(bits)).sum())
-    assert different == 0, f"{what}: {different} of {ours.numel()} elements differ from the reference"
-
-
-def assert_product(out: Tensor, x: Tensor, w: Tensor, what: str) -> None:
-    """out against x @ w.T of float64 operands, within (K + 2) 2^-24 |x| |w|^T + u |out| (Higham 2002, section 3.1)."""
-    exact = x @ w.T  # [M, N] fp64
-    unit = 2**-8 if out.dtype == torch.bfloat16 else 2**-24
-    bound = (x.shape[1] + 2) * 2**-24 * (x.abs() @ w.abs().T) + unit * exact.abs()
-    worst = float(((out.double() - exact).abs() / bound.clamp_min(1e-300)).max())
-    assert worst <= 1, f"{what}: the error is {worst:.2f} times its bound"

@@ -10,8 +10,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import ledger
 from bench.case import Case, Shape
-from bench.goals import forced
-from bench.measure import MIN_ROUNDS, Comparison, reuse_freed_memory, sample, summary, synchronize
+from bench.measure import MIN_ROUNDS, Comparison, Samples, reuse_freed_memory, sample, summary, synchronize
+from bench.run import forced
 from fp8kernels.formats import FORMATS
 
 THREADS = 2
@@ -91,21 +91,26 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callabl
             baseline: list[float] = []
             case.ours()
             case.baseline()
-            round_seconds = sample(case.ours) + sample(case.baseline)
-            benchmark.pedantic(
-                work,
-                setup=lambda: baseline.append(sample(case.baseline)),
-                rounds=max(MIN_ROUNDS, min(200, int(SECONDS / round_seconds))),
-            )
-        if benchmark.disabled:  # --benchmark-disable: the check was all
+            if case.device == "cuda" or case.clock is not None:  # a stopwatch around the calls is not the measure there
+                benchmark.pedantic(work)
+                samples = None if benchmark.disabled else case.samples(SECONDS)
+            else:
+                round_seconds = sample(case.ours) + sample(case.baseline)
+                benchmark.pedantic(
+                    work,
+                    setup=lambda: baseline.append(sample(case.baseline)),
+                    rounds=max(MIN_ROUNDS, min(200, int(SECONDS / round_seconds))),
+                )
+                samples = None if benchmark.disabled else Samples(list(benchmark.stats.stats.data), baseline)
+        if samples is None:  # --benchmark-disable: the check was all
             return
-        timing = summary(list(benchmark.stats.stats.data), baseline)
-        row = ledger.row(case, timing)
+        timing = summary(samples.ours, samples.baseline)
+        row = ledger.row(case, timing, how=samples.how)
         benchmark.extra_info.update(
             {key: row[key] for key in ("baseline", "baseline_ms", "figure", "gb_per_s", "gflop_per_s")}
         )
         lines.append(line(case, timing, row))
         if request.config.getoption("--record"):
-            ledger.append(row)
+            ledger.append(row, case.device)
 
     return run

@@ -18,20 +18,44 @@ PACKAGES = ("torch", "numpy", "transformers", "en_dtypes", "triton")
 
 
 @cache
-def device() -> dict[str, object]:
-    """cpu: model, cores, threads of torch and instruction set; gpu: its name, where there is one."""
+def device(kind: str = "cpu") -> dict[str, object]:
+    """cpu: model, cores, threads of torch and instruction set; for kind "cuda" also the GPU and its driver."""
     return {
         "cpu": cpu_model(),
         "cores": len(_usable_cores()),
         "threads": torch.get_num_threads(),
         "isa": importlib.import_module("fp8kernels._cpu").current_isa(),
         "os": f"{platform.system()} {platform.machine()}",
-    } | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    } | (gpu() if kind == "cuda" else {})
 
 
-def slug() -> str:
-    """The folder of this machine's rows: amd-epyc-2-cores-avx512."""
-    here = device()
+def gpu() -> dict[str, object]:
+    """Name, capability, multiprocessors, L2 and memory as torch sees them; driver and limits as nvidia-smi does."""
+    found = torch.cuda.get_device_properties(0)
+    limits = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "l2_mib": found.L2_cache_size >> 20,
+        "memory_gib": found.total_memory >> 30,
+        "cuda": torch.version.cuda,
+    } | dict(zip(limits, queried(limits), strict=False))
+
+
+def queried(fields: tuple[str, ...]) -> list[str]:
+    """What nvidia-smi says of the first GPU; nothing where there is no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [cell.strip() for cell in said.strip().split(",")]
+
+
+def slug(kind: str = "cpu") -> str:
+    """The folder of the rows of this machine's CPU, amd-epyc-2-cores-avx512, or of its GPU, nvidia-h200."""
+    here = device(kind)
     words = here.get("gpu") or f"{here['cpu']} {here['cores']} cores {here['isa']}"
     return re.sub(r"[^a-z0-9]+", "-", str(words).lower()).strip("-")
 

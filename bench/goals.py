@@ -1,19 +1,15 @@
 """The goals of bench/goals.toml: measure those that this machine can, and say how far the rest is.
 
 python -m bench.goals --run [name…]   measure, append a row for each, then print
-python -m bench.goals                 print goal, newest row and gap; exit 1 where one falls short
+python -m bench.goals                 print goal, newest rows and gap; exit 1 where one falls short
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
-import importlib
-import os
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,10 @@ import torch
 from rich.table import Table
 
 from fp8kernels.console import console
-from fp8kernels.ops.table import BACKEND_VARIABLE
 
-from . import device, ledger
-from .case import Case
-from .measure import SECONDS, reuse_freed_memory, summary, take_turns
+from . import device, ledger, shapes
+from .case import text
+from .run import CPU_SECONDS, THREADS, Job, measure_all
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,29 +29,53 @@ else:
     import tomli as tomllib
 
 FILE = Path(__file__).parent / "goals.toml"
-THREADS = 2  # the goals are set for two cores
-PLACEMENTS = 5  # times that the buffers of a goal are made anew
+REDUCTIONS = {
+    "geomean": lambda figures: math.exp(math.fsum(map(math.log, figures)) / len(figures)),
+    "min": min,
+    "max": max,
+}
 
 
 @dataclass(frozen=True)
-class Goal:
-    """One line of a speed table.
+class Survey:
+    """What is measured and kept as rows.
 
+    device     "cpu", or "cuda" for what needs a GPU
     measure    "bench file:function" that builds the Case, called with `arguments`
-    value      what the figure must reach
-    direction  "at least" or "at most"
-    device     "cpu" or "gpu"
+    shapes     a set of bench/shapes.py, each of which becomes the argument `shape` of one case; or nothing
     """
 
     name: str
     what: str
     against: str
-    value: float
-    direction: str
     unit: str
     device: str
     measure: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    shapes: str = ""
+
+    def jobs(self) -> list[Job]:
+        """What there is to measure: one case, or one for each shape."""
+        if not self.shapes:
+            return [Job(self.name, self.device, self.measure, self.arguments)]
+        given = shapes.named(self.shapes)
+        return [Job(self.name, self.device, self.measure, {**self.arguments, "shape": each}) for each in given]
+
+
+@dataclass(frozen=True)
+class Goal(Survey):
+    """One line of a speed table.
+
+    value      what the figure must reach
+    direction  "at least" or "at most"
+    reduce     how the figures of the shapes become one: "geomean", "min" or "max"
+    rows       the name of a goal whose measurement this one judges too, in place of one of its own
+    """
+
+    value: float = math.nan
+    direction: str = "at least"
+    reduce: str = "geomean"
+    rows: str = ""
 
     def reached(self, figure: float) -> bool:
         return figure >= self.value if self.direction == "at least" else figure <= self.value
@@ -65,92 +84,107 @@ class Goal:
         """How far beyond the goal, as a part of it; negative where it falls short."""
         return (figure / self.value - 1) * (1 if self.direction == "at least" else -1)
 
-    def case(self) -> Case:
-        module, function = self.measure.split(":")
-        made: Case = getattr(importlib.import_module(f"bench.{module}"), function)(**self.arguments)
-        return made
+    def standing(self, among: Sequence[ledger.Row], slug: str | None = None) -> Standing | None:
+        """The newest rows of this goal, of this device where it has any; None where there is none."""
+        name = self.rows or self.name
+        if not self.shapes:
+            row = ledger.newest(name, among, slug)
+            return None if row is None else Standing(figure_of(row), [row], 1)
+        newest = ledger.newest(name, among, slug)
+        if newest is None:
+            return None
+        mine = [row for row in among if row["slug"] == newest["slug"]]
+        wanted = [text(shape) for shape in shapes.named(self.shapes)]
+        found = [ledger.newest(name, [row for row in mine if row["shape"] == shape]) for shape in wanted]
+        rows = [row for row in found if row is not None]
+        return Standing(REDUCTIONS[self.reduce]([figure_of(row) for row in rows]), rows, len(wanted)) if rows else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A goal's figure over the newest rows of its shapes; not complete where some of the `wanted` shapes have none."""
+
+    figure: float
+    rows: list[ledger.Row]
+    wanted: int
+
+    @property
+    def complete(self) -> bool:
+        return len(self.rows) == self.wanted
+
+    @property
+    def stale(self) -> bool:
+        """Whether the sources of a kernel have changed since its row."""
+        return any(row["kernels"] != ledger.hashes(row["kernels"]) for row in self.rows)  # type: ignore[arg-type]
+
+    @property
+    def newest(self) -> ledger.Row:
+        return max(self.rows, key=lambda row: str(row["when"]))
+
+
+def figure_of(row: ledger.Row) -> float:
+    return float(row["figure"])  # type: ignore[arg-type]
 
 
 def goals() -> list[Goal]:
+    made: dict[str, Goal] = {}
+    for each in _read().get("goal", []):
+        source = made.get(each.get("rows", ""))
+        same = {} if source is None else {key: getattr(source, key) for key in ("measure", "arguments", "shapes")}
+        made[each["name"]] = Goal(**(same | each))
+    return list(made.values())
+
+
+def surveys() -> list[Survey]:
+    """What is measured without a goal: for the tables that users look for, and for shapes that no goal names."""
+    return [Survey(**each) for each in _read().get("survey", [])]
+
+
+def _read() -> dict[str, Any]:
     with FILE.open("rb") as file:
-        return [Goal(**each) for each in tomllib.load(file)["goal"]]
+        return tomllib.load(file)
 
 
-def named(names: Sequence[str]) -> list[Goal]:
-    """The goals whose name starts with one of the names; all where none is given.
+def named(names: Sequence[str]) -> list[Goal | Survey]:
+    """The goals and surveys whose name starts with one of the names; all where none is given.
 
     raises   ValueError if a name fits no goal
     """
-    everything = goals()
+    everything = [*goals(), *surveys()]
     for name in names:
         if not any(goal.name.startswith(name) for goal in everything):
             raise ValueError(f"no goal is named {name}…; there are {', '.join(goal.name for goal in everything)}")
     return [goal for goal in everything if not names or any(goal.name.startswith(name) for name in names)]
 
 
-def can_measure(goal: Goal) -> bool:
+def can_measure(goal: Survey) -> bool:
     return goal.device == "cpu" or torch.cuda.is_available()
 
 
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Every verb runs on this backend or fails."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = backend
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[BACKEND_VARIABLE]
-        else:
-            os.environ[BACKEND_VARIABLE] = before
-
-
-def measure(goal: Goal, seconds: float = SECONDS) -> ledger.Row:
-    """Check, time, and return the row; over several placements in memory, because the pages a buffer gets matter."""
-    ours: list[float] = []
-    baseline: list[float] = []
-    for _ in range(PLACEMENTS):
-        case, more, more_baseline = place(goal, seconds / PLACEMENTS)
-        ours, baseline = ours + more, baseline + more_baseline
-        gc.collect()
-    return ledger.row(case, summary(ours, baseline), goal.name)
-
-
-def place(goal: Goal, seconds: float) -> tuple[Case, list[float], list[float]]:
-    """One placement: the case without its buffers, and the samples of both sides."""
-    reuse_freed_memory(on=False)
-    case = goal.case()
-    reuse_freed_memory(on=case.reuse)
-    with forced(case.backend):
-        case.check()
-        ours, baseline = take_turns(case.ours, case.baseline, seconds)
-    return dataclasses.replace(case, ours=idle, baseline=idle, check=idle), ours, baseline
-
-
-def idle() -> None:
-    """Nothing: what stands in a case whose buffers are gone."""
+def jobs_of(chosen: Sequence[Goal | Survey]) -> list[Job]:
+    """The measurements of goals, each once, though several goals may judge it."""
+    return [job for goal in chosen if can_measure(goal) and not getattr(goal, "rows", "") for job in goal.jobs()]
 
 
 def table(chosen: Sequence[Goal], rows: Sequence[ledger.Row]) -> tuple[Table, bool]:
-    """The goals with their newest rows, and whether all are reached."""
+    """The goals with their newest rows, and whether all that this machine can measure are reached."""
     out = Table("goal", "what", "against", "measured", "gap", "row", box=None, pad_edge=False)
     reached = True
     for goal in chosen:
-        row = ledger.newest(goal.name, rows, device.slug())
+        standing = goal.standing(rows, device.slug(goal.device) if can_measure(goal) else None)
         wanted = f"{goal.direction} {goal.value:g} {goal.unit}"
-        if row is None:
-            out.add_row(goal.name, goal.what, goal.against, "not measured", wanted, "")
-            reached = False
+        if standing is None:
+            why = "not measured" if can_measure(goal) else "not measured: needs a GPU"
+            out.add_row(goal.name, goal.what, goal.against, why, wanted, "")
+            reached &= not can_measure(goal)
             continue
-        figure = float(row["figure"])  # type: ignore[arg-type]
-        colour = "green" if goal.reached(figure) else "red"
-        reached &= goal.reached(figure)
-        stale = "" if row["kernels"] == ledger.hashes(row["kernels"]) else ", sources changed since"  # type: ignore[arg-type]
-        out.add_row(
-            goal.name, goal.what, goal.against, f"[{colour}]{figure:.2f}[/] ({wanted})", f"{goal.gap(figure):+.0%}",
-            f"{str(row['when'])[:16]} {row['slug']}{stale}",
-        )  # fmt: skip
+        good = goal.reached(standing.figure) and standing.complete
+        reached &= good
+        over = f" {goal.reduce} of {len(standing.rows)} of {standing.wanted} shapes," if goal.shapes else ""
+        measured = f"[{'green' if good else 'red'}]{standing.figure:.2f}[/]{over} ({wanted})"
+        where = f"{str(standing.newest['when'])[:16]} {standing.newest['slug']}"
+        stale = ", sources changed since" if standing.stale else ""
+        out.add_row(goal.name, goal.what, goal.against, measured, f"{goal.gap(standing.figure):+.0%}", where + stale)
     return out, reached
 
 
@@ -158,31 +192,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.goals", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="goals whose names start so; all by default")
+    parser.add_argument("names", nargs="*", help="goals and surveys whose names start so; all by default")
     parser.add_argument("--run", action="store_true", help="measure and append rows before printing")
     parser.add_argument("--dry", action="store_true", help="with --run: measure, but append nothing")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of one comparison ({SECONDS:g})")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of one comparison ({CPU_SECONDS:g} on a CPU, less on a GPU, where all is steadier)",
+    )
     given = parser.parse_args(arguments)
     out = console()
     try:
         chosen = named(given.names)
     except ValueError as error:
         parser.error(str(error))
+    passed = True
     if given.run:
         torch.set_num_threads(THREADS)
-        for goal in filter(can_measure, chosen):
-            row = measure(goal, given.seconds)
-            if not given.dry:
-                ledger.append(row)
-            out.print(
-                f"{goal.name}: {row['figure']} {goal.unit} ({goal.direction} {goal.value:g}); "
-                f"ours {row['ours_ms']['p50']:.3f} ms, {goal.against} {row['baseline_ms']['p50']:.3f} ms"  # type: ignore[index]
-            )
+        passed = measure_all(jobs_of(chosen), out.print, seconds=given.seconds, keep=not given.dry)
         if given.dry:
-            return 0
-    printed, reached = table(chosen, ledger.rows())
+            return 0 if passed else 1
+    printed, reached = table([goal for goal in chosen if isinstance(goal, Goal)], ledger.rows())
     out.print(printed)
-    return 0 if reached else 1
+    return 0 if reached and passed else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Rows of results, one JSON line each, in bench/results/<device>/<verb>.jsonl.
 
-`python -m bench.ledger` lists the kernels whose sources changed since their newest passing row.
+`python -m bench.ledger` lists the kernels without a passing row of their present sources: the CPU's first, then the GPU
+debt, what the next machine with a GPU is to measure.
 """
 
 from __future__ import annotations
@@ -13,21 +14,33 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from . import device
+from . import cuda_time, device
 from .case import Case
 from .measure import Comparison, copy_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 HASH_LENGTH = 12
 INCLUDE = re.compile(r'^#include "(\w+)/', re.M)  # folders of csrc
-SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cuh", ".cu"), "triton": (), "reference": ()}
-PYTHON_FILE = {"reference": "reference.py", "cpu": "cpu.py", "cuda": "cuda.py", "triton": "triton_jit.py"}
+CPU_SUFFIXES = (".h", ".cpp")
+PYTHON_FILE = {"triton": "triton_jit.py"}  # other backends stand in a file of their own name
+SHARED = {  # Python that the kernels of a backend stand on, beside the formats
+    "cuda": ("compiled.py", "cuda.py"),
+    "stream": ("compiled.py", "cuda.py"),
+    "triton": ("triton_jit.py",),
+}
+IMPORT = re.compile(r"^from \.\.(\w+)(?:\.(\w+))? import (\w+)", re.M)  # a module of another verb
+CUDA_INCLUDE = re.compile(r'^#include "([\w/.]+)"', re.M)
+ON_CPU = ("cpu",)  # backends whose rows any machine can make
 
 Row = dict[str, object]
 
 
-def row(case: Case, timing: Comparison, goal: str | None = None) -> Row:
+def row(
+    case: Case, timing: Comparison, goal: str | None = None, how: str = "calls", sensors: dict[str, float] | None = None
+) -> Row:
     """Everything that is known about one comparison that passed its check."""
+    on_gpu = case.device == "cuda"
+    copy = (cuda_time.copy_bandwidth if on_gpu else copy_bandwidth) if case.moved else None
     seconds = timing.ours.p50 / 1e3
     bandwidth = case.moved / seconds / 1e9 if case.moved else None
     return {
@@ -44,21 +57,22 @@ def row(case: Case, timing: Comparison, goal: str | None = None) -> Row:
         "baseline_ms": timing.baseline.__dict__,
         "rounds": timing.rounds,
         "figure": round(case.figure(timing), 4),
+        "unit": case.unit,
         "gb_per_s": bandwidth and round(bandwidth, 2),
-        "percent_of_copy": bandwidth and round(100 * bandwidth / copy_bandwidth(), 1),
+        "percent_of_copy": round(100 * bandwidth / copy(), 1) if bandwidth and copy else None,
         "gflop_per_s": round(case.flop / seconds / 1e9, 1) if case.flop else None,
         "memory": "reused" if case.reuse else "as allocated",
         "extra": case.extra,
         "kernels": hashes(case.kernels),
-        "device": device.device(),
+        "device": device.device(case.device),
         "versions": device.versions(),
         "commit": device.commit(),
-    }
+    } | ({"timed": how, "copy_gb_per_s": round(cuda_time.copy_bandwidth()), "sensors": sensors or {}} if on_gpu else {})
 
 
-def append(new: Row) -> Path:
-    """Add a row to the file of its device and verb."""
-    path = RESULTS / device.slug() / f"{new['verb']}.jsonl"
+def append(new: Row, kind: str = "cpu") -> Path:
+    """Add a row to the file of its device ("cpu" or "cuda") and verb."""
+    path = RESULTS / device.slug(kind) / f"{new['verb']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(new) + "\n")
@@ -94,24 +108,66 @@ def hashes(kernels: Iterable[str]) -> dict[str, str]:
 
 
 def sources(verb: str, backend: str) -> list[Path]:
-    """The Python of the kernel, the formats, and the C++ or CUDA of its verb with the folders that it includes."""
+    """The files that make a kernel.
+
+    Its Python, the words of its verb, the formats, what its backend shares, and the kernels of other verbs that it
+    calls; of a compiled one the C++ or CUDA with all that it includes, and the binding.
+    """
+    package = device.ROOT / "fp8kernels" / "kernels"
+    own = package / verb / PYTHON_FILE.get(backend, f"{backend}.py")
+    found = [own, package / verb / "__init__.py", *(device.ROOT / "fp8kernels" / "formats").glob("*.py")]
+    found += [package / name for name in SHARED.get(backend, ())]
+    for other, path in _imported(own, package):
+        found += sources(other, backend) if path.name == own.name else [path]
+    if backend == "cpu":
+        found += [device.ROOT / "python" / f"bind_{verb}.cpp", *_cpp(verb)]
+    elif backend in ("cuda", "stream"):
+        found += _cuda(verb, backend)
+    return sorted({path for path in found if path.is_file()})
+
+
+def _imported(path: Path, package: Path) -> list[tuple[str, Path]]:
+    """(verb, file) of the modules of other verbs that a kernel's file imports: `from ..quantize import cpu`."""
+    if not path.is_file():
+        return []
+    found = IMPORT.findall(path.read_text(encoding="utf-8"))
+    return [
+        (verb, package / verb / f"{module or name}.py") for verb, module, name in found if (package / verb).is_dir()
+    ]
+
+
+def _cpp(verb: str) -> list[Path]:
+    """The C++ of a verb's folder, and of every folder that it includes from."""
+    found: list[Path] = []
+    folders, todo = set[str](), [verb]
+    while todo:
+        folders.add(part := todo.pop())
+        files = [path for path in (device.ROOT / "csrc" / part).rglob("*") if path.suffix in CPU_SUFFIXES]
+        included = {name for path in files for name in INCLUDE.findall(path.read_text(encoding="utf-8"))}
+        todo += sorted(included - folders - set(todo))
+        found += files
+    return found
+
+
+def _cuda(verb: str, backend: str) -> list[Path]:
+    """The binding and the CUDA of a verb, from csrc/<verb> and csrc/<verb>_<kind>, with every header that it includes.
+
+    What is named "stream" is the backend of that name; all else is the backend "cuda".
+    """
     root = device.ROOT
-    folder = root / "fp8kernels" / "kernels" / verb
-    found = [folder / "__init__.py", folder / PYTHON_FILE[backend], *(root / "fp8kernels" / "formats").glob("*.py")]
-    if SUFFIXES[backend]:
-        found.append(root / "python" / f"bind_{verb}{'_cuda' if backend == 'cuda' else ''}.cpp")
-        folders, todo = set[str](), [verb]
-        while todo:
-            folders.add(part := todo.pop())
-            files = [path for path in (root / "csrc" / part).rglob("*") if path.suffix in SUFFIXES[backend]]
-            included = {name for path in files for name in INCLUDE.findall(path.read_text(encoding="utf-8"))}
-            todo += sorted(included - folders - set(todo))
-            found += files
-    return sorted(path for path in found if path.is_file())
+    files = [*root.glob(f"python/bind_{verb}_*cuda.cpp"), *root.glob(f"csrc/{verb}/*.cu")]
+    files += [path for path in root.glob(f"csrc/{verb}_*/*") if path.suffix in (".cu", ".cpp")]
+    todo = [path for path in files if ("stream" in str(path.relative_to(root))) == (backend == "stream")]
+    found = set[Path]()
+    while todo:
+        found.add(path := todo.pop())
+        included = {root / "csrc" / name for name in CUDA_INCLUDE.findall(path.read_text(encoding="utf-8"))}
+        todo += [each for each in included - found if each.is_file()]
+    return sorted(found)
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """(verb, backend) of every kernel of the package but the references."""
+    """(verb, backend) of every kernel of the package but the references and what has them for its definition."""
     from fp8kernels.ops.table import TABLE
 
     for verb, table in TABLE.items():
@@ -131,10 +187,28 @@ def debts(among: list[Row]) -> list[tuple[str, str, str]]:
     return found
 
 
+def gpu_debts(among: list[Row]) -> list[tuple[str, str, str]]:
+    """Those of them that need a GPU."""
+    return [each for each in debts(among) if each[1] not in ON_CPU]
+
+
+def newest_row(verb: str, backend: str, among: Iterable[Row]) -> str | None:
+    """The date on which a kernel passed last, whatever its sources were; None if never."""
+    key = f"{verb}/{backend}"
+    dates = [str(each["when"])[:10] for each in among if each["passed"] and key in each["kernels"]]  # type: ignore[operator]
+    return max(dates, default=None)
+
+
 def main() -> int:
-    found = debts(rows())
+    among = rows()
+    found, gpu = debts(among), gpu_debts(among)
     for verb, backend, why in found:
-        print(f"{verb:<12} {backend:<8} {why}")
+        if (verb, backend, why) not in gpu:
+            print(f"{verb:<14} {backend:<8} {why}")
+    if gpu:
+        print(f"GPU debt: {len(gpu)} kernels without a passing row of their present sources; `make gpu` pays it")
+        for verb, backend, why in gpu:
+            print(f"  {verb:<14} {backend:<8} {why}")
     if not found:
         print("every kernel has a passing row of its present sources")
     return 0

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -46,14 +47,22 @@ class Comparison:
         return asdict(self)
 
 
-def take_turns(ours: Work, baseline: Work, seconds: float = SECONDS) -> tuple[list[float], list[float]]:
-    """Both in turn, round after round, for about `seconds` in all; the samples of ours and of the baseline."""
+class Samples(NamedTuple):
+    """Seconds of ours and of the baseline, of the same rounds; `how` says what the clock stood around."""
+
+    ours: list[float]
+    baseline: list[float]
+    how: str = "calls"
+
+
+def take_turns(ours: Work, baseline: Work, seconds: float = SECONDS) -> Samples:
+    """Both in turn, round after round, for about `seconds` in all."""
     repeat_ours, once_ours = _repeats(ours)
     repeat_baseline, once_baseline = _repeats(baseline)
     per_round = repeat_ours * once_ours + repeat_baseline * once_baseline
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / per_round)))
     samples = [(sample(ours, repeat_ours), sample(baseline, repeat_baseline)) for _ in range(rounds)]
-    return [a for a, _ in samples], [b for _, b in samples]
+    return Samples([a for a, _ in samples], [b for _, b in samples])
 
 
 def summary(ours: list[float], baseline: list[float]) -> Comparison:
@@ -105,7 +114,7 @@ def reuse_freed_memory(*, on: bool) -> bool:
 
 
 def copy_bandwidth(seconds: float = 1.0) -> float:
-    """GB/s, read + written, of torch's bf16 `copy_`: what this machine's memory gives."""
+    """GB/s, read + written, of torch's bf16 `copy_` on the CPU: what this machine's memory gives."""
     if seconds not in _COPY:
         x = torch.ones(COPY_ELEMENTS, dtype=torch.bfloat16)
         y = torch.empty_like(x)

@@ -11,7 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LlamaSize:
-    """The lengths that make a Llama; `vocab` is the number of tokens, `context` the longest sequence."""
+    """The lengths that make a Llama.
+
+    vocab     the number of tokens
+    context   the longest sequence
+    kv_heads  heads of keys and values; as many as `heads` where None
+    """
 
     vocab: int
     hidden: int
@@ -19,6 +24,7 @@ class LlamaSize:
     layers: int
     heads: int
     context: int
+    kv_heads: int | None = None
 
 
 def llama(size: LlamaSize, **config: Any) -> nn.Module:
@@ -38,7 +44,7 @@ def llama(size: LlamaSize, **config: Any) -> nn.Module:
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
-            num_key_value_heads=size.heads,
+            num_key_value_heads=size.kv_heads or size.heads,
             max_position_embeddings=size.context,
             **config,
         )
