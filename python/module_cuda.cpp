@@ -8,6 +8,7 @@
 #include "bind.h"
 
 void bind_copy_cuda(py::module_& m);
+void bind_gemm_cuda(py::module_& m);
 
 namespace {
 
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("architectures", &architectures);
     m.def("error_string", [](int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); });
     bind_copy_cuda(m);
+    bind_gemm_cuda(m);
 }

@@ -1,4 +1,4 @@
-// The instructions of sm_80 and sm_89 that stream kernels use and CUDA C++ has no words for.
+// The instructions of sm_80 and sm_89 for small matrix products and for memory that CUDA C++ has no words for.
 //
 // One function an instruction; semantics as in the PTX ISA, section in brackets. tests/emulate/mma.h has the same
 // functions for the host.
@@ -40,6 +40,23 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t two) {
     uint32_t halves;
     asm("{\n.reg .b16 low;\ncvt.u16.u32 low, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}\n" : "=r"(halves) : "r"(two));
     return halves;
+}
+
+// Copies sixteen bytes to shared memory, in its own time; both addresses are multiples of 16 [cp.async].
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+}
+
+// Closes a group of this thread's copies.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace fp8kernels::ptx

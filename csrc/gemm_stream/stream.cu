@@ -12,7 +12,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/launch.cuh"
-#include "gemm/epilogue.cuh"
+#include "gemm_sm90/epilogue.cuh"
 #include "gemm_stream/decode.cuh"
 
 namespace fp8kernels {

@@ -18,6 +18,7 @@ from ..kernels.copy import triton_jit as copy_triton
 from ..kernels.dequantize import cpu as dequantize_cpu
 from ..kernels.dequantize import reference as dequantize_reference
 from ..kernels.gemm import cpu as gemm_cpu
+from ..kernels.gemm import cuda as gemm_cuda
 from ..kernels.gemm import reference as gemm_reference
 from ..kernels.norm_backward import reference as norm_backward_reference
 from ..kernels.norm_quantize import cpu as norm_quantize_cpu
@@ -47,6 +48,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("reference", dequantize_reference.why_not, dequantize_reference.dequantize),
     ),
     "gemm": (
+        Kernel("cuda", gemm_cuda.why_not, gemm_cuda.gemm),
         Kernel("cpu", gemm_cpu.why_not, gemm_cpu.gemm),
         Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
     ),

@@ -1,6 +1,8 @@
 // What csrc/cuda/convert.cuh does, on the host. What NaN becomes is not told apart.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
 
@@ -25,5 +27,7 @@ inline uint32_t bf16_from_floats(float first, float second) {
 inline uint32_t fp16_from_floats(float first, float second) {
     return fp16_from_float(first) | static_cast<uint32_t>(fp16_from_float(second)) << 16;
 }
+
+inline void forget(uint4&) {}
 
 }  // namespace fp8kernels::ptx

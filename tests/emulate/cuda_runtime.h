@@ -27,7 +27,7 @@ using std::min;
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-constexpr int cudaSuccess = 0;
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline int cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(int) { return "no error"; }
 inline int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {

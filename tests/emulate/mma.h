@@ -47,4 +47,17 @@ inline uint32_t halves_from_e4m3(uint32_t two) {
     return half(two & 0xFF) | static_cast<uint32_t>(half(two >> 8 & 0xFF)) << 16;
 }
 
+inline void copy_async(void* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
+        emulate::fail("copies 16 bytes from or to an address that is no multiple of 16");
+    emulate::start_later([=] { std::memcpy(to, from, 16); });
+}
+
+inline void copies_commit() { emulate::commit_group(); }
+
+template <int kPending>
+void copies_wait() {
+    emulate::wait_groups(kPending);
+}
+
 }  // namespace fp8kernels::ptx

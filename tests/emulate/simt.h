@@ -68,6 +68,12 @@ inline Block& block() {
     return one;
 }
 
+// Whether copies arrive at once; tests of kernels with a copy engine run both ways.
+inline bool& eager() {
+    static bool at_once = false;
+    return at_once;
+}
+
 inline uint8_t* dynamic_shared() {
     alignas(1024) static uint8_t memory[kShared + 1024];
     return memory;
@@ -77,7 +83,7 @@ inline uint8_t* dynamic_shared() {
     std::printf("emulator: block (%u, %u, %u), thread %u: %s\n", block().index.x, block().index.y, block().index.z,
                 block().current ? block().current->thread : 0, what);
     std::fflush(stdout);
-    std::exit(1);
+    std::_Exit(1);
 }
 
 inline Fiber& self() { return *block().current; }
@@ -184,6 +190,16 @@ inline void wait_groups(size_t pending) {
             fiber.later.pop_front();
         }
         fiber.groups.erase(fiber.groups.begin());
+    }
+}
+
+// ---- what the copy engine does ----
+
+inline void start_copy(std::function<void()> copy) {
+    if (eager()) {
+        copy();
+    } else {
+        block().engine.push_back(std::move(copy));
     }
 }
 

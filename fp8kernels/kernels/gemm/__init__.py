@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,3 +46,20 @@ class Epilogue:
 
 
 PLAIN = Epilogue()
+
+_fast = os.environ.get("FP8KERNELS_FAST_ACCUMULATION") == "1"
+
+
+def fast_accumulation(*, on: bool | None = None) -> bool:
+    """Whether products of FP8 codes may stay in the tensor cores' own sums, which on sm_90 keep about 14 bits.
+
+    on       True or False sets it for the process; None leaves it. The environment variable
+             FP8KERNELS_FAST_ACCUMULATION=1 sets it at the start. Off by default: every 128 of K are added up in fp32
+    returns  what it was before
+    source   DeepSeek-V3, arXiv 2412.19437, section 3.3.2, on the precision of FP8 sums on Hopper
+    """
+    global _fast
+    before = _fast
+    if on is not None:
+        _fast = on
+    return before
