@@ -35,7 +35,7 @@ from .ops import (
 )
 from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
 from .scaling import BLOCKS, Block, QTensor, get_block, without_state
-from .telemetry import SaturationError, SaturationWarning, report, summary
+from .telemetry import CarrierWarning, SaturationError, SaturationWarning, report, summary
 
 try:
     __version__ = importlib.metadata.version("fp8kernels")
@@ -51,6 +51,7 @@ __all__ = [
     "RECIPES",
     "Alarm",
     "Block",
+    "CarrierWarning",
     "Format",
     "QTensor",
     "Recipe",

@@ -25,6 +25,7 @@ class LayerReport:
     scale      the scale in use, 0 before the first commit
     overshoot  newest amax / (scale * target): above 1 the history lags behind
     sqnr_db    of quantizing this tensor, in dB; None where it was not measured
+    route      "carrier" where HiF8 values travel as E4M3 codes; what those cannot hold is in saturated and flushed
     """
 
     layer: str
@@ -39,6 +40,7 @@ class LayerReport:
     flushed: float
     nonfinite: int
     sqnr_db: float | None
+    route: str = "exact"
 
 
 def sqnr_db(x: Tensor, y: Tensor) -> float:
@@ -86,6 +88,7 @@ def report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
                     else measured.get(id(layer))
                     if index == INPUT
                     else None,
+                    route="exact" if layer.fp8_carrier(index, layer.fp8_scale.device) is None else "carrier",
                 )
             )
     return rows
@@ -119,7 +122,7 @@ def table(rows: list[LayerReport]) -> Table:
         out.add_row(
             row.layer,
             row.role,
-            row.fmt,
+            f"{row.fmt} (carrier)" if row.route == "carrier" else row.fmt,
             f"{row.scaling} {row.block}",
             f"{row.scale:.3g}",
             f"{row.amax:.3g}",

@@ -84,7 +84,11 @@ def pays(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _has_fp8_cores(device: int | None) -> bool:
     """sm_89 and newer; of AMD's those that take the OCP formats, from gfx950 on."""
-    return torch.cuda.get_device_capability(device) >= ((9, 5) if torch.version.hip else (8, 9))
+    return _capability(device) >= ((9, 5) if torch.version.hip else (8, 9))
+
+
+@functools.cache
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
