@@ -42,6 +42,7 @@ __device__ __forceinline__ uint32_t fp16_from_floats(float first, float second) 
 }
 
 // The compiler forgets what it has computed from these words, and computes it again instead of keeping it in registers.
+__device__ __forceinline__ void forget(unsigned& v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void forget(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
 }  // namespace fp8kernels::ptx

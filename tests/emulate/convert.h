@@ -28,6 +28,7 @@ inline uint32_t fp16_from_floats(float first, float second) {
     return fp16_from_float(first) | static_cast<uint32_t>(fp16_from_float(second)) << 16;
 }
 
+inline void forget(unsigned&) {}
 inline void forget(uint4&) {}
 
 }  // namespace fp8kernels::ptx

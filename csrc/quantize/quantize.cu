@@ -1,0 +1,487 @@
+// quantize on a GPU: one read of x where the scales are given or a block fits a tile; see README.md of the verb.
+//
+// Three kernels make codes:
+//   quantize_tiles  a block of threads holds a tile of 16,384 elements. The tile is a block of scales and finds its own
+//   amax,
+//                   or a part of one whose scale is known; it can write the codes transposed too
+//   quantize_runs   half a warp or a warp holds short rows that have a scale each (1x128, rows)
+//   prepare_scales  before quantize_tiles where blocks are larger than a tile: the scales of blocks that have none. It
+//   reads
+//                   x only where a scale is 0, which is decided here, not on the host
+// A vector whose largest number is not below the fast path's limit is put aside and encoded afterwards, number by
+// number.
+#include <cuda_runtime.h>
+
+#include "cuda/launch.cuh"
+#include "quantize/encode.cuh"
+#include "quantize/inputs.cuh"
+#include "quantize/quantize_cuda.h"
+#include "quantize/report.cuh"
+#include "quantize/tiles.cuh"
+#include "quantize/transpose.cuh"
+#include "quantize/transpose_codes.h"
+
+namespace fp8kernels {
+namespace {
+
+struct Task {
+    const void* x;
+    uint8_t* codes;
+    uint8_t* codes_t;  // or null
+    const float* scale_in;
+    float* scale_out;
+    float* amax;
+    Tiling tiling;
+    Coding coding;
+    float target;
+    ScaleRule rule;
+    bool prepared;  // scale_out is known, and blocks are larger than tiles
+    Report report;
+};
+
+// The scale that a block is divided by.
+__device__ inline float block_scale(const Task& task, float given, float finite_amax) {
+    const float scale = given == 0.0f ? scale_from_amax(finite_amax, task.target, task.rule) : given;
+    return task.coding.carrier == kNoCarrier ? scale : usable_scale(scale, task.coding.carrier);
+}
+
+// The same scale as what decodes the codes, and back; both products are exact.
+__device__ inline float shown_scale(const Task& task, float scale) {
+    return task.coding.carrier == kNoCarrier ? scale : __fmul_rn(scale, carrier_step(task.coding.carrier));
+}
+
+__device__ inline float known_scale(const Task& task, float shown) {
+    return task.coding.carrier == kNoCarrier ? shown
+                                             : __fmul_rn(shown, float_from_bits(fp32_bits(task.coding.carrier)));
+}
+
+__device__ inline bool is_finite(float size) { return size < float_from_bits(kInfBits); }
+
+// Some vectors of a thread are not held in registers, but read element by element where they are needed: those that the
+// fast path does not take, and those at a ragged edge or off alignment. A bit each says which; `Vectors` knows where
+// they are: left(i), elements; x(i), codes(i), pointers; note(i, element, code).
+template <class Input, class Vectors>
+__device__ inline float largest_aside(unsigned aside, const Vectors& at, bool finite_only) {
+    float most = 0.0f;
+#pragma unroll 1
+    for (; aside; aside &= aside - 1) {
+        const int i = __ffs(aside) - 1, count = at.left(i);
+        const typename Input::T* x = at.x(i);
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) {
+            const float size = fabsf(Input::widen(x[e]));
+            if (!finite_only || is_finite(size)) most = ptx::max_nan(most, size);
+        }
+    }
+    return most;
+}
+
+template <class Input, class Vectors>
+__device__ inline void encode_aside(unsigned aside, const Vectors& at, float scale, const Coding& how, Tally& tally) {
+#pragma unroll 1
+    for (; aside; aside &= aside - 1) {
+        const int i = __ffs(aside) - 1, count = at.left(i);
+        const typename Input::T* x = at.x(i);
+        uint8_t* codes = at.codes(i);
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) {
+            codes[e] = static_cast<uint8_t>(encode_any(Input::widen(x[e]), scale, how, tally));
+            at.note(i, e, codes[e]);
+        }
+    }
+}
+
+// ---- scales of blocks that are larger than a tile -------------------------------------------------------------------
+
+// The vectors of a thread in a tile.
+template <class Input>
+struct TileVectors {
+    const Task& task;
+    Stand stand;
+    Place place;
+    uint32_t* square;  // where codes are noted to be transposed, or null
+
+    __device__ TileVectors(const Task& of, unsigned tile, uint32_t* to)
+        : task(of), stand(of.tiling, Input::kCount), place(locate(of.tiling, tile)), square(to) {}
+
+    __device__ int left(int i) const { return stand.left(task.tiling, place, i, Input::kCount); }
+    __device__ const typename Input::T* x(int i) const {
+        const Tiling& t = task.tiling;
+        return static_cast<const typename Input::T*>(task.x) + (place.row + stand.row) * t.stride + place.col +
+               stand.col + i * t.step;
+    }
+    __device__ uint8_t* codes(int i) const {
+        const Tiling& t = task.tiling;
+        return task.codes + (place.row + stand.row) * t.cols + place.col + stand.col + i * t.code_step;
+    }
+    __device__ void note(int i, int element, uint8_t code) const {
+        if (!square) return;
+        const int row = stand.row + i * task.tiling.step_rows, col = stand.col + element;
+        reinterpret_cast<uint8_t*>(square + tile_word(row, col / 4))[col % 4] = code;
+    }
+
+    // Reads what can be held and zeros, with a bit each of `held`; returns the bits of what has to be put aside.
+    __device__ __forceinline__ unsigned load_all(uint4 (&v)[kSteps], unsigned& held) const {
+        unsigned aside = 0;
+        held = 0;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            const int count = left(i);
+            const bool holds = count == Input::kCount && task.tiling.whole;
+            v[i] = holds ? load<Input>(x(i)) : make_uint4(0, 0, 0, 0);
+            if (holds) {
+                held |= 1u << i;
+            } else if (count > 0) {
+                aside |= 1u << i;
+            }
+        }
+        return aside;
+    }
+
+    // The largest |x|, or the largest finite one, of what this thread has of the tile.
+    __device__ __forceinline__ float largest(uint4 (&v)[kSteps], unsigned aside, bool finite_only) const {
+        float size = aside ? largest_aside<Input>(aside, *this, finite_only) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            size = ptx::max_nan(size, finite_only ? largest_finite_of<Input>(v[i]) : largest_of<Input>(v[i]));
+            ptx::forget(v[i]);
+        }
+        return size;
+    }
+};
+
+template <class Input>
+__global__ void __launch_bounds__(Input::kThreads, Input::kResident) prepare_scales(const Task task) {
+    const Tiling& t = task.tiling;
+    const bool one = t.blocks == 1;
+    if (one && task.scale_in[0] != 0.0f) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            *task.scale_out = shown_scale(task, block_scale(task, task.scale_in[0], 0.0f));
+        }
+        return;
+    }
+    float most = 0.0f;
+    for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
+        const TileVectors<Input> vectors(task, tile, nullptr);
+        if (!one && task.scale_in[vectors.place.block] != 0.0f) continue;
+        uint4 v[kSteps];
+        unsigned held;
+        const unsigned aside = vectors.load_all(v, held);
+        float size = vectors.largest(v, aside, false);
+        if (!is_finite(size)) size = vectors.largest(v, aside, true);
+        most = fmaxf(most, size);
+        if (!one) {
+            const uint32_t bits = block_largest(size);
+            if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(task.scale_out + vectors.place.block), bits);
+        }
+    }
+    Workspace* all = task.report.workspace;
+    const uint32_t bits = block_largest(most);
+    if (one && threadIdx.x == 0) atomicMax(&all->finite, bits);
+    if (!last_to_arrive(all)) return;
+    if (threadIdx.x == 0) all->arrived = 0;
+    for (int64_t b = threadIdx.x; b < t.blocks; b += Input::kThreads) {
+        const unsigned found = __ldcg(one ? &all->finite : reinterpret_cast<unsigned*>(task.scale_out + b));
+        task.scale_out[b] = shown_scale(task, block_scale(task, task.scale_in[b], float_from_bits(found)));
+        if (one) all->finite = 0;
+    }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+template <class Input, class Encode>
+__global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_tiles(const Task task) {
+    constexpr int kCount = Input::kCount;
+    __shared__ uint32_t table[Encode::kTable];
+    const Encode encode(task.coding, table, threadIdx.x, Input::kThreads);
+    uint32_t* const square = task.codes_t ? reinterpret_cast<uint32_t*>(dynamic_shared()) : nullptr;
+    __syncthreads();
+
+    const Tiling& t = task.tiling;
+    Tally tally;
+    for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
+        const TileVectors<Input> vectors(task, tile, square);
+        uint4 v[kSteps];
+        unsigned held, aside = vectors.load_all(v, held);
+
+        float scale;
+        const int64_t block = vectors.place.block;
+        if (task.prepared) {
+            scale = known_scale(task, task.scale_out[block]);
+        } else {
+            const float amax = float_from_bits(block_largest(vectors.largest(v, aside, false)));
+            float finite = amax;
+            if (!is_finite(amax)) finite = float_from_bits(block_largest(vectors.largest(v, aside, true)));
+            scale = block_scale(task, task.scale_in[block], finite);
+            if (threadIdx.x == 0) {
+                task.scale_out[block] = shown_scale(task, scale);
+                task.amax[block] = amax;
+            }
+        }
+
+        const Divisor d = divisor(scale, task.coding);
+        float amax = aside ? largest_aside<Input>(aside, vectors, false) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            if (!(held >> i & 1)) continue;
+            float numbers[kCount];
+            uint32_t signs[kCount / 4], codes[kCount / 4];
+            Input::unpack(v[i], numbers);
+            const float size = largest(numbers);
+            amax = ptx::max_nan(amax, size);
+            if (!(size < d.limit)) {
+                aside |= 1u << i;
+                continue;
+            }
+            Input::signs(v[i], signs);
+            encode_fast<Input::kTurns>(numbers, signs, d, encode, codes, tally);
+            store(vectors.codes(i), codes);
+            if (square) {
+#pragma unroll
+                for (int w = 0; w < kCount / 4; ++w)
+                    square[tile_word(vectors.stand.row + i * t.step_rows, vectors.stand.col / 4 + w)] = codes[w];
+            }
+        }
+        tally.raise(amax);
+
+        unsigned same = tile;
+        ptx::forget(same);  // what is rarely needed is found again, not kept
+        const TileVectors<Input> again(task, same, square);
+        encode_aside<Input>(aside, again, scale, task.coding, tally);
+        if (task.prepared && t.blocks > 1) {
+            const uint32_t bits = block_largest(amax);
+            if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(task.amax + again.place.block), bits);
+        }
+        if (square) {
+            const Place& p = again.place;
+            __syncthreads();
+            write_transposed(square, task.codes_t, t.rows, p.row, p.col, p.rows, p.cols);
+            __syncthreads();
+        }
+    }
+    finish(task.report, tally);
+}
+
+// ---- runs -----------------------------------------------------------------------------------------------------------
+
+// The vectors of a lane in the kBlocks blocks of its team, vector j of block b at b * kVectors + j.
+template <class Input, int kLanes, int kBlocks, int kVectors>
+struct RunVectors {
+    const Task& task;
+    int64_t block;  // the first one of the team
+    int lane;
+
+    __device__ int col(int i) const { return (lane + i % kVectors * kLanes) * Input::kCount; }
+    __device__ int left(int i) const {
+        const int cols =
+            block + i / kVectors < task.tiling.blocks ? static_cast<int>(task.tiling.block_cols) - col(i) : 0;
+        return cols <= 0 ? 0 : cols < Input::kCount ? cols : Input::kCount;
+    }
+    __device__ int64_t at(int i, int64_t stride) const {
+        const Tiling& t = task.tiling;
+        const int64_t b = block + i / kVectors, row = t.grid_cols == 1 ? b : b / t.grid_cols;
+        return row * stride + (t.grid_cols == 1 ? 0 : (b - row * t.grid_cols) * t.block_cols) + col(i);
+    }
+    __device__ const typename Input::T* x(int i) const {
+        return static_cast<const typename Input::T*>(task.x) + at(i, task.tiling.stride);
+    }
+    __device__ uint8_t* codes(int i) const { return task.codes + at(i, task.tiling.cols); }
+    __device__ void note(int, int, uint8_t) const {}
+};
+
+// A team of kLanes lanes holds kBlocks blocks at a time, each at most kVectors vectors a lane of one row.
+template <class Input, class Encode, int kLanes, int kBlocks, int kVectors>
+__global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_runs(const Task task) {
+    constexpr int kCount = Input::kCount, kAll = kBlocks * kVectors;
+    constexpr unsigned kTeams = Input::kThreads / kLanes;
+    constexpr unsigned kOfBlock = (1u << kVectors) - 1;
+    __shared__ uint32_t table[Encode::kTable];
+    const Encode encode(task.coding, table, threadIdx.x, Input::kThreads);
+    __syncthreads();
+
+    const Tiling& t = task.tiling;
+    const int lane = static_cast<int>(threadIdx.x % kLanes);
+    const auto team_largest = [](float size) {
+#pragma unroll
+        for (int other = kLanes / 2; other > 0; other /= 2)
+            size = ptx::max_nan(size, __shfl_xor_sync(kAllLanes, size, other));
+        return size;
+    };
+    Tally tally;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * kTeams * kBlocks;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTeams * kBlocks; first < t.blocks; first += stride) {
+        const RunVectors<Input, kLanes, kBlocks, kVectors> vectors{task, first + threadIdx.x / kLanes * kBlocks, lane};
+        uint4 v[kAll];
+        unsigned aside = 0;
+#pragma unroll
+        for (int i = 0; i < kAll; ++i) {
+            const int count = vectors.left(i);
+            const bool held = count == kCount && t.whole;
+            v[i] = held ? load<Input>(vectors.x(i)) : make_uint4(0, 0, 0, 0);
+            if (!held && count > 0) aside |= 1u << i;
+        }
+
+        // Lane b of the team keeps what is found of block b; it makes the scale, and shows it to the others.
+        float amax = 0.0f, finite = 0.0f;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const unsigned bits = aside & kOfBlock << b * kVectors;
+            float size = bits ? largest_aside<Input>(bits, vectors, false) : 0.0f;
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+                size = ptx::max_nan(size, largest_of<Input>(v[b * kVectors + j]));
+                ptx::forget(v[b * kVectors + j]);
+            }
+            size = team_largest(size);
+            if (lane % kBlocks == b) finite = amax = size;
+        }
+        tally.raise(amax);
+        if (!__all_sync(kAllLanes, is_finite(amax))) {
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+                const unsigned bits = aside & kOfBlock << b * kVectors;
+                float size = bits ? largest_aside<Input>(bits, vectors, true) : 0.0f;
+#pragma unroll
+                for (int j = 0; j < kVectors; ++j) {
+                    size = fmaxf(size, largest_finite_of<Input>(v[b * kVectors + j]));
+                    ptx::forget(v[b * kVectors + j]);
+                }
+                size = team_largest(size);
+                if (lane % kBlocks == b) finite = size;
+            }
+        }
+        const int64_t own = vectors.block + lane % kBlocks;
+        const float own_scale = block_scale(task, own < t.blocks ? task.scale_in[own] : 1.0f, finite);
+        if (lane < kBlocks && own < t.blocks) {
+            task.scale_out[own] = shown_scale(task, own_scale);
+            task.amax[own] = amax;
+        }
+
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const float scale = __shfl_sync(kAllLanes, own_scale, b, kLanes);
+            const Divisor d = divisor(scale, task.coding);
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+                const int i = b * kVectors + j;
+                if (vectors.left(i) == 0 || (aside >> i & 1)) continue;
+                float numbers[kCount];
+                uint32_t signs[kCount / 4], codes[kCount / 4];
+                Input::unpack(v[i], numbers);
+                if (!(largest(numbers) < d.limit)) {
+                    aside |= 1u << i;
+                    continue;
+                }
+                Input::signs(v[i], signs);
+                encode_fast<Input::kTurns>(numbers, signs, d, encode, codes, tally);
+                store(vectors.codes(i), codes);
+            }
+        }
+        if (!__any_sync(kAllLanes, aside != 0)) continue;
+#pragma unroll 1
+        for (int b = 0; b < kBlocks; ++b) {
+            const float scale = __shfl_sync(kAllLanes, own_scale, b, kLanes);
+            encode_aside<Input>(aside & kOfBlock << b * kVectors, vectors, scale, task.coding, tally);
+        }
+    }
+    finish(task.report, tally);
+}
+
+// ---- the host's part ------------------------------------------------------------------------------------------------
+
+template <class Input, class Encode>
+int run(const QuantizeArgs& args, const QuantizeOnGpu& gpu) {
+    constexpr int kCount = Input::kCount;
+    constexpr int64_t kElement = sizeof(typename Input::T);
+    constexpr unsigned kThreads = Input::kThreads;
+    constexpr int64_t kLanesOf128 = 128 / kCount;
+    const auto resident = static_cast<unsigned>(gpu.processors) * Input::kResident;
+    const Tiling matrix = blocks_of(args.rows, args.cols, args.row_stride, args.grid_rows, args.grid_cols);
+    const int64_t blocks = matrix.blocks;
+    Tiling t = flattened(matrix);
+
+    const bool runs = t.block_rows == 1 && t.block_cols <= 32 * kSteps * kCount;
+    bool transposes = false;  // on the way
+    if (gpu.codes_t && !(runs && blocks > 1)) {
+        const bool square = matrix.block_rows <= kTile && matrix.block_cols <= kTile;
+        transposes = blocks == 1 || square;
+    }
+    if (transposes) {
+        t = matrix;
+        cut(t, kThreads, kCount, kTile, kTile);
+    } else if (!runs) {
+        cut(t, kThreads, kCount, t.block_rows, t.block_cols);
+        const int64_t steps = ceil_div(t.block_cols, int64_t{kThreads} * kCount * resident);
+        if (blocks == 1 && t.block_rows == 1 && steps < kSteps) {  // smaller tiles, for every multiprocessor
+            cut(t, kThreads, kCount, 1, steps * kThreads * kCount);
+        }
+    }
+    const auto at = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    t.whole = at(args.x) % 16 == 0 && at(args.codes) % kCount == 0 &&
+              (t.rows == 1 || (t.stride * kElement % 16 == 0 && t.cols % kCount == 0)) &&
+              (t.grid_cols == 1 || t.block_cols % kCount == 0);
+
+    Task task{args.x,
+              args.codes,
+              transposes ? gpu.codes_t : nullptr,
+              args.scale_in,
+              args.scale_out,
+              args.amax,
+              t,
+              coding(args.fmt, args.saturate, args.carrier),
+              args.target,
+              args.rule,
+              false,
+              {gpu.workspace, args.rows * args.cols, args.counts, nullptr, gpu.pending, gpu.counters}};
+    int error = cudaSuccess;
+    if (runs && !transposes) {
+        const bool short_runs = t.block_cols <= 128;
+        const int64_t held = short_runs ? kThreads / kLanesOf128 * 4 : kThreads / 32;
+        const int64_t most = ceil_div(blocks, held);
+        const Grid grid{most < resident ? static_cast<unsigned>(most) : resident};
+        error = short_runs
+                    ? launch(quantize_runs<Input, Encode, kLanesOf128, 4, 1>, grid, kThreads, 0, gpu.stream, task)
+                    : launch(quantize_runs<Input, Encode, 32, 1, kSteps>, grid, kThreads, 0, gpu.stream, task);
+    } else {
+        task.prepared = !t.fits_tile();
+        if (t.tiles > UINT32_MAX) return cudaErrorInvalidValue;
+        const Grid grid{t.tiles < resident ? static_cast<unsigned>(t.tiles) : resident};
+        if (task.prepared) {
+            if (blocks == 1) {
+                task.report.amax = args.amax;
+            } else {
+                const auto bytes = static_cast<size_t>(blocks) * sizeof(float);
+                auto stream = static_cast<cudaStream_t>(gpu.stream);
+                error = cudaMemsetAsync(args.scale_out, 0, bytes, stream);
+                if (error == cudaSuccess) error = cudaMemsetAsync(args.amax, 0, bytes, stream);
+            }
+            if (error == cudaSuccess) error = launch(prepare_scales<Input>, grid, kThreads, 0, gpu.stream, task);
+        }
+        if (error == cudaSuccess) {
+            error =
+                launch(quantize_tiles<Input, Encode>, grid, kThreads, transposes ? kTileBytes : 0, gpu.stream, task);
+        }
+    }
+    if (error == cudaSuccess && gpu.codes_t && !transposes) {
+        error = transpose_codes_cuda(args.codes, gpu.codes_t, args.rows, args.cols, gpu.processors, gpu.stream);
+    }
+    return error;
+}
+
+template <class Input>
+int run_input(const QuantizeArgs& args, const QuantizeOnGpu& gpu) {
+    return args.fmt == FormatId::hif8 ? run<Input, EncodeByTable>(args, gpu) : run<Input, EncodeByAdder>(args, gpu);
+}
+
+}  // namespace
+
+int quantize_cuda(const QuantizeArgs& args, const QuantizeOnGpu& gpu) {
+    switch (args.type) {
+        case InputType::fp32: return run_input<Fp32Input>(args, gpu);
+        case InputType::bf16: return run_input<Bf16Input>(args, gpu);
+        case InputType::fp16: return run_input<Fp16Input>(args, gpu);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace fp8kernels
