@@ -96,7 +96,8 @@ def _reduce(found: list[ScaledLayer], group: Any) -> None:
 def _count_step(found: list[ScaledLayer]) -> None:
     """One more step where anything was seen; warm-up ends by it."""
     seen = torch.stack([layer.fp8_pending.amax() for layer in found]).amax() > 0
-    torch._foreach_add_([layer.fp8_step for layer in found], seen.to(torch.int64))
+    # a list, as one tensor for all would be read as a Python number
+    torch._foreach_add_([layer.fp8_step for layer in found], [seen.to(torch.int64)] * len(found))
     for layer in found:
         if not layer.fp8_warm:
             layer.fp8_sync_step()
