@@ -1,0 +1,499 @@
+"""gemm in Triton: NVIDIA GPUs from sm_80 on, AMD's gfx950, and CPU tensors in Triton's interpreter.
+
+method  one tile of out a program, in groups that share w in the L2 cache. E4M3 and E5M2 go to the tensor cores as they
+        are where those take them (sm_89 and newer, gfx950), moved to fp32 every 128 of K; HiF8, and everything on sm_80
+        and for few rows, is decoded to bf16 in registers by integer arithmetic. From sm_90 on aligned operands are read
+        through tensor descriptors (TMA), others through pointers and strides. Where out has few tiles, K is split and
+        the parts are added in a fixed order by a second kernel. README.md tells the ideas
+limits  scales that change along K do so every multiple of 128
+equal   within docs/NUMERICS.md, "Products", of the reference; decoded products are exact, sums fp32
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...formats import HIF8
+from .. import triton_jit as shared
+from ..quantize import Quantized
+from ..quantize.tile.triton_jit import (
+    STATE,
+    activate,
+    finish,
+    quantize_tile,
+    scale_of_codes,
+    sink,
+    size_of,
+    store_codes,
+    usable_scale,
+)
+from ..triton_jit import E4M3_ID, SMALLEST_SCALE, bits_of, constexpr, decode, jit, number_of, round_to, to_fp32
+from . import ACTIVATIONS, PLAIN, Epilogue, Operand, fast_accumulation
+from .triton_tile import FEW_ROWS, Tile, tile, tiles
+
+if shared.triton is not None:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+STEP = constexpr(128)  # of K: what a scale covers at least, and what is summed before it moves to fp32
+HALVED = constexpr(128)  # columns of a tile from which on the epilogue goes through it in halves
+ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and of rows
+LONGEST = 2**31 - 2**16  # elements of M, N or K: counted in 32 bits with a tile's overhang (offsets have 64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_FROM = (8, 9)  # compute capability whose tensor cores take E4M3 and E5M2
+DESCRIPTORS_FROM = (9, 0)
+AUTOTUNE = "FP8KERNELS_AUTOTUNE"  # =1: times the tiles below on the first product of a shape and keeps the fastest
+PARTS_TILE = (16, 256)  # rows and columns of out that a program adds the parts of K of
+INTERPRETED = constexpr(shared.INTERPRETED)
+
+
+def why_not(
+    x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
+) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    if x.codes.is_cpu and not shared.INTERPRETED:
+        return f"x is on the CPU: {shared.ON_CPU}"
+    tensors = {"x": x.codes, "x's scale": x.scale, "w": w.codes, "w's scale": w.scale, "bias": bias}
+    pending, counters = epilogue.observer or (None, None)
+    tensors |= {"residual": epilogue.residual, "out's scale": epilogue.scale, "pending": pending, "counters": counters}
+    reason = shared.why_not(tensors)
+    if reason is not None:
+        return reason
+    for name, operand in (("x", x), ("w", w)):
+        if operand.codes.dtype != torch.uint8 or operand.scale.dtype != torch.float32:
+            return f"{name} is {operand.codes.dtype} with {operand.scale.dtype} scales: it takes uint8 with fp32"
+        if max(operand.codes.shape) > LONGEST:
+            return f"{name} is {list(operand.codes.shape)}: this kernel takes up to {LONGEST} rows and columns"
+        step = operand.codes.shape[1] // operand.scale.shape[1]
+        if operand.scale.shape[1] > 1 and step % STEP.value:
+            return f"{name}'s scales change every {step} elements of K: this kernel takes multiples of {STEP}"
+    for name, tensor in (("bias", bias), ("residual", epilogue.residual)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            return f"{name} is {tensor.dtype}: this kernel takes fp32, bf16 and fp16"
+    if out_dtype not in FLOATS:
+        return f"out would be {out_dtype}: this kernel makes fp32, bf16 and fp16"
+    if epilogue.observer is not None and not all(state.is_contiguous() for state in epilogue.observer):
+        return "the observer's tensors are not contiguous"
+    return None
+
+
+def gemm(
+    x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
+) -> Tensor | Quantized:
+    """activation(x[M, K] @ w[N, K].T + bias) + residual; see reference.py for every argument."""
+    m, n = x.codes.shape[0], w.codes.shape[0]
+    with torch.cuda.device_of(x.codes):
+        x, w = readable(x, few_rows=m <= FEW_ROWS), readable(w, few_rows=m <= FEW_ROWS)
+        out = empty(m, n, out_dtype, epilogue, x.codes.device)
+        launch(x, w, bias, epilogue, out, plan(x, w))
+    return out
+
+
+class Plan(NamedTuple):
+    """What decides which program is compiled, apart from the epilogue.
+
+    descriptors  for x and for w: read through a tensor descriptor
+    """
+
+    tile: Tile
+    native: bool
+    descriptors: tuple[bool, bool]
+
+
+def plan(x: Operand, w: Operand) -> Plan:
+    """How to multiply these operands on their device."""
+    capability, processors = machine(x.codes.device)
+    (m, k), n = x.codes.shape, w.codes.shape[0]
+    native = is_native(m, x, w, capability)
+    chosen = tile(m, n, k, capability, native=native, blocked=is_blocked(x, w), processors=processors)
+    has_descriptors = capability is not None and capability >= DESCRIPTORS_FROM
+    return Plan(chosen, native, (has_descriptors and is_aligned(x.codes), has_descriptors and is_aligned(w.codes)))
+
+
+@functools.cache
+def machine(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """Compute capability, or None for AMD, and multiprocessors; the interpreter stands for a small sm_90."""
+    if device.type == "cpu":
+        return DESCRIPTORS_FROM, shared.processors(device)
+    return None if torch.version.hip else torch.cuda.get_device_capability(device), shared.processors(device)
+
+
+def is_native(m: int, x: Operand, w: Operand, capability: tuple[int, int] | None) -> bool:
+    """Whether the tensor cores multiply the codes themselves.
+
+    Few rows are decoded: they wait for memory, and bf16 has no rows of 64 to fill. The interpreter has no Inf and NaN
+    in 8 bits.
+    """
+    takes = capability is None or capability >= NATIVE_FROM
+    return takes and m > FEW_ROWS and HIF8 not in (x.fmt, w.fmt) and not shared.INTERPRETED
+
+
+def is_blocked(x: Operand, w: Operand) -> bool:
+    """Whether scales change along K, so that they are applied inside the sum."""
+    return x.scale.shape[1] > 1 or w.scale.shape[1] > 1
+
+
+def is_aligned(codes: Tensor) -> bool:
+    """Whether a tensor descriptor can describe codes [rows, K]: K innermost, rows at multiples of 16 bytes."""
+    return codes.stride(1) == 1 and codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+
+
+def empty(m: int, n: int, out_dtype: torch.dtype, epilogue: Epilogue, device: torch.device) -> Any:
+    """What the result is written into: a tensor [M, N], or Quantized."""
+    if epilogue.rounding is None:
+        return torch.empty(m, n, dtype=out_dtype, device=device)
+    return Quantized(
+        torch.empty(m, n, dtype=torch.uint8, device=device),
+        None,
+        torch.empty(1, 1, device=device),
+        torch.empty(1, 1, device=device),
+        torch.empty(4, dtype=torch.int64, device=device),
+    )
+
+
+def launch(x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, out: Any, how: Plan) -> None:
+    """One kernel, or two where K is split."""
+    (m, k), n, device = x.codes.shape, w.codes.shape[0], x.codes.device
+    splits = how.tile.splits
+    sums = torch.empty(splits, m, n, device=device) if splits > 1 else None  # [splits, M, N] fp32
+    ending, kept = ending_of(bias, epilogue, out), sink_of(epilogue, out)
+    scales = scales_of(x), scales_of(w)
+    constants = {
+        "BLOCKED": is_blocked(x, w),
+        "SPLITS": splits,
+        "ACTIVATION": ACTIVATIONS.index(epilogue.activation),
+        "FMT": None if epilogue.rounding is None else epilogue.rounding.fmt.code_id,
+        "SATURATE": epilogue.rounding is None or epilogue.rounding.saturate,
+        "CARRIER": None if epilogue.rounding is None else epilogue.rounding.carrier,
+    }
+    tunes = os.environ.get(AUTOTUNE) == "1" and sums is None and epilogue.rounding is None
+    kernel, sides = (autotuned(), {}) if tunes else (product_kernel, sides_of(how.tile))
+    kernel[lambda meta: (tiles(m, n, meta["TILE_ROWS"], meta["TILE_COLS"]), splits)](
+        pointer(x, how, 0), pointer(w, how, 1), *scales, ending, kept, sums, m, n, k,
+        *x.codes.stride(), *w.codes.stride(),
+        X_FMT=x.fmt.code_id, W_FMT=w.fmt.code_id, X_SPAN=span_of(x), W_SPAN=span_of(w),
+        X_DESCRIPTOR=how.descriptors[0], W_DESCRIPTOR=how.descriptors[1], NATIVE=how.native,
+        PROMOTE=not fast_accumulation(), **constants, **sides,
+    )  # fmt: skip
+    if sums is not None:
+        rows, cols = PARTS_TILE
+        parts_kernel[(tiles(m, n, rows, cols),)](
+            sums, *scales, ending, kept, m, n, **constants, TILE_ROWS=rows, TILE_COLS=cols, num_warps=4
+        )
+
+
+def readable(operand: Operand, *, few_rows: bool) -> Operand:
+    """The operand with contiguous scales and, by a copy if need be, codes whose rows can be read 16 bytes at a time.
+
+    A copy is padded with code 0, which adds nothing to a sum: K becomes a multiple of 16. For few rows of x w is read
+    once, and a copy would read it twice: codes are then taken with the strides they have.
+    """
+    codes, extra = operand.codes, -operand.codes.shape[1] % ALIGNED
+    if not few_rows and extra:
+        codes = torch.nn.functional.pad(codes, (0, extra))
+    elif not few_rows and not is_aligned(codes):
+        codes = codes.clone(memory_format=torch.contiguous_format)
+    return Operand(codes, operand.scale.contiguous(), operand.fmt)
+
+
+def pointer(operand: Operand, how: Plan, side: int) -> Any:
+    """What the kernel reads codes through: a descriptor of the tile's extent, or the tensor."""
+    if not how.descriptors[side]:
+        return operand.codes
+    codes = operand.codes.view(operand.fmt.carrier) if how.native else operand.codes
+    return TensorDescriptor.from_tensor(codes, [how.tile[side], how.tile.depth])
+
+
+class Scales(NamedTuple):
+    """Where the scales of an operand lie: a grid, and how many rows and columns of the codes each covers."""
+
+    grid: Tensor
+    rows: int
+    cols: int
+    across: int
+
+
+def scales_of(operand: Operand) -> Scales:
+    (rows, cols), (down, across) = operand.codes.shape, operand.scale.shape
+    return Scales(operand.scale, rows // down, cols // across, across)
+
+
+def span_of(operand: Operand) -> int:
+    """How many rows from a multiple of it on are sure to share a scale: 0 for all, 128, or 1."""
+    down = operand.scale.shape[0]
+    return 0 if down == 1 else 1 if operand.codes.shape[0] // down % STEP.value else STEP.value
+
+
+class Ending(NamedTuple):
+    """What becomes of sums, and where it is written: numbers or codes [M, N]. None is not wanted."""
+
+    bias: Tensor | None
+    residual: Tensor | None
+    residual_row: int
+    residual_col: int
+    out: Tensor
+    scale: Tensor | None
+
+
+def ending_of(bias: Tensor | None, epilogue: Epilogue, out: Any) -> Ending:
+    residual = epilogue.residual
+    strides = (0, 0) if residual is None else residual.stride()
+    return Ending(
+        None if bias is None else bias.detach().contiguous(),
+        None if residual is None else residual.detach(),
+        *strides,
+        out.codes if isinstance(out, Quantized) else out,
+        epilogue.scale,
+    )
+
+
+def sink_of(epilogue: Epilogue, out: Any) -> Any:
+    """Where codes, their amax and their counts go, or None."""
+    if not isinstance(out, Quantized):
+        return None
+    return sink(out, torch.zeros(STATE, dtype=torch.int64, device=out.codes.device), epilogue.observer)
+
+
+def sides_of(chosen: Tile) -> dict[str, int]:
+    sides = {"TILE_ROWS": chosen.rows, "TILE_COLS": chosen.cols, "TILE_DEPTH": chosen.depth, "GROUP": chosen.group}
+    return {**sides, "num_warps": chosen.warps, "num_stages": chosen.stages}
+
+
+TILES_TO_TRY = (  # by FP8KERNELS_AUTOTUNE; the shape each is meant for
+    Tile(128, 128, 128, 8, 1, 8, 4),  # large products of codes
+    Tile(128, 256, 128, 8, 1, 8, 3),  # the same where sums are not in registers (sm_100)
+    Tile(128, 128, 64, 8, 1, 8, 3),  # large products of decoded values
+    Tile(128, 64, 128, 8, 1, 4, 4),  # few tiles
+    Tile(64, 128, 128, 8, 1, 4, 4),  # few rows of x
+    Tile(64, 64, 128, 8, 1, 4, 4),  # small products
+    Tile(64, 256, 64, 8, 1, 8, 3),  # wide w
+    Tile(256, 64, 64, 8, 1, 8, 3),  # tall x
+)
+
+
+@functools.cache
+def autotuned() -> Any:
+    """product_kernel, which times TILES_TO_TRY when it first meets a shape."""
+
+    def fit_descriptors(arguments: dict[str, Any]) -> None:
+        for name, rows in (("x_ptr", "TILE_ROWS"), ("w_ptr", "TILE_COLS")):
+            if isinstance(arguments[name], TensorDescriptor):
+                arguments[name].block_shape = [arguments[rows], arguments["TILE_DEPTH"]]
+
+    configs = []
+    for sides in map(sides_of, TILES_TO_TRY):
+        warps, stages = sides.pop("num_warps"), sides.pop("num_stages")
+        configs.append(triton.Config(sides, num_warps=warps, num_stages=stages, pre_hook=fit_descriptors))
+    shape = ["m", "n", "k", "X_FMT", "W_FMT", "NATIVE", "BLOCKED", "X_DESCRIPTOR", "W_DESCRIPTOR"]
+    return triton.autotune(configs=configs, key=shape)(product_kernel)
+
+
+@jit
+def product_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, w_ptr, x_scales, w_scales, ending, sink, sums_ptr, m, n, k, x_row, x_col, w_row, w_col,
+    X_FMT: tl.constexpr, W_FMT: tl.constexpr, X_SPAN: tl.constexpr, W_SPAN: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, NATIVE: tl.constexpr, PROMOTE: tl.constexpr,
+    BLOCKED: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FMT: tl.constexpr, SATURATE: tl.constexpr, CARRIER: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TILE_DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of out over all of K; with SPLITS its sums over one part of K."""
+    X_ONE: tl.constexpr = X_SPAN % TILE_ROWS == 0
+    W_ONE: tl.constexpr = W_SPAN % TILE_COLS == 0
+    tile_row, tile_col = place(tl.program_id(0), tl.cdiv(m, TILE_ROWS), tl.cdiv(n, TILE_COLS), GROUP)
+    top, left = tile_row * TILE_ROWS, tile_col * TILE_COLS
+    row, col = top + tl.arange(0, TILE_ROWS), left + tl.arange(0, TILE_COLS)
+    x_at, w_at = tl.minimum(row, m - 1), tl.minimum(col, n - 1)  # what lies beyond is read again and never written
+    steps = tl.cdiv(k, TILE_DEPTH)
+    part = tl.cdiv(steps, SPLITS)
+    first = tl.program_id(1) * part
+    sums = tl.zeros((TILE_ROWS, TILE_COLS), tl.float32)
+    for step in range(first, tl.minimum(first + part, steps)):
+        depth = step * TILE_DEPTH
+        x = load_codes(x_ptr, top, x_at, depth, k, x_row, x_col, X_DESCRIPTOR, TILE_DEPTH)
+        w = load_codes(w_ptr, left, w_at, depth, k, w_row, w_col, W_DESCRIPTOR, TILE_DEPTH)
+        if not BLOCKED:
+            sums = multiply(x, w, sums, X_FMT, W_FMT, NATIVE, PROMOTE)
+        else:
+            products = multiply(x, w, tl.zeros((TILE_ROWS, TILE_COLS), tl.float32), X_FMT, W_FMT, NATIVE, False)
+            x_scale = load_scale(x_scales, top, x_at, depth // x_scales.cols, X_ONE)
+            w_scale = load_scale(w_scales, left, w_at, depth // w_scales.cols, W_ONE)
+            sums += scaled(products, x_scale[:, None], w_scale[None, :])
+    if SPLITS > 1:
+        mask = (row < m)[:, None] & (col < n)[None, :]
+        at = (tl.program_id(1).to(tl.int64) * m + row)[:, None] * n + col[None, :]
+        tl.store(sums_ptr + at, sums, mask=mask)
+    else:
+        seen = write(
+            sums, top, left, m, n, x_scales, w_scales, ending, sink, X_ONE, W_ONE, BLOCKED, ACTIVATION, FMT, SATURATE,
+            CARRIER,
+        )  # fmt: skip
+        conclude(seen, m, n, ending, sink, FMT, CARRIER)
+
+
+@jit
+def parts_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, x_scales, w_scales, ending, sink, m, n, BLOCKED: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FMT: tl.constexpr, SATURATE: tl.constexpr, CARRIER: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of K, first to last."""
+    across = tl.cdiv(n, TILE_COLS)
+    top, left = tl.program_id(0) // across * TILE_ROWS, tl.program_id(0) % across * TILE_COLS
+    row, col = top + tl.arange(0, TILE_ROWS), left + tl.arange(0, TILE_COLS)
+    mask = (row < m)[:, None] & (col < n)[None, :]
+    sums = tl.zeros((TILE_ROWS, TILE_COLS), tl.float32)
+    for part in range(SPLITS):
+        at = (tl.cast(part, tl.int64) * m + row)[:, None] * n + col[None, :]
+        sums += tl.load(sums_ptr + at, mask=mask, other=0.0)
+    seen = write(
+        sums, top, left, m, n, x_scales, w_scales, ending, sink, False, False, BLOCKED, ACTIVATION, FMT, SATURATE,
+        CARRIER,
+    )  # fmt: skip
+    conclude(seen, m, n, ending, sink, FMT, CARRIER)
+
+
+@jit
+def place(program, down, across, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which tile a program has: groups of GROUP rows of tiles, each gone through column by column."""
+    group = program // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    inside = program % (GROUP * across)
+    return group * GROUP + inside % height, inside // height
+
+
+@jit
+def load_codes(ptr, first, at, depth, k, row, col, DESCRIPTOR: tl.constexpr, TILE_DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of codes [rows, TILE_DEPTH]; beyond K they are 0, which stands for zero in every format."""
+    if DESCRIPTOR:
+        codes = ptr.load([first, depth])
+    else:
+        along = depth + tl.arange(0, TILE_DEPTH)
+        offset = at.to(tl.int64)[:, None] * row + along.to(tl.int64)[None, :] * col
+        codes = tl.load(ptr + offset, mask=(along < k)[None, :], other=0)
+    return codes
+
+
+@jit
+def multiply(  # type: ignore[no-untyped-def]
+    x, w, sums, X_FMT: tl.constexpr, W_FMT: tl.constexpr, NATIVE: tl.constexpr, PROMOTE: tl.constexpr
+):
+    """sums + decode(x) @ decode(w).T; with PROMOTE products of codes are first added among themselves."""
+    if NATIVE:
+        DEPTH: tl.constexpr = x.shape[1] if PROMOTE else None  # Triton's default leaves them in the tensor cores
+        sums = tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), sums, max_num_imprecise_acc=DEPTH)
+    elif INTERPRETED:  # whose products in bf16 are wrong
+        sums = tl.dot(decode(x, X_FMT), tl.trans(decode(w, W_FMT)), sums, input_precision="ieee")
+    else:
+        x, w = decode(x, X_FMT).to(tl.bfloat16), decode(w, W_FMT).to(tl.bfloat16)
+        sums = tl.dot(x, tl.trans(w), sums)
+    return sums
+
+
+@jit
+def typed(codes, FMT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes as what the tensor cores take; those of a descriptor are that already."""
+    if codes.dtype == tl.uint8:
+        codes = codes.to(tl.float8e4nv if FMT == E4M3_ID else tl.float8e5, bitcast=True)
+    return codes
+
+
+@jit
+def load_scale(scales, first, at, patch, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scales of a tile's rows `at`, in one column of the grid; with ONE, that which they share, [1]."""
+    if ONE:
+        at = first + tl.arange(0, 1)
+    return tl.load(scales.grid + (at // scales.rows).to(tl.int64) * scales.across + patch)
+
+
+@jit
+def scaled(sums, x_scale, w_scale):  # type: ignore[no-untyped-def]
+    """sums * x_scale * w_scale; only the result can overflow or underflow, as the exponents are added apart."""
+    x_mantissa, x_exponent = apart(x_scale)
+    w_mantissa, w_exponent = apart(w_scale)
+    exponent = x_exponent + w_exponent
+    half = exponent >> 1
+    return sums * (x_mantissa * w_mantissa * power(half, 125)) * power(exponent - half, 127)
+
+
+@jit
+def apart(scale):  # type: ignore[no-untyped-def]
+    """Mantissa in [1, 2) and exponent of a positive number; NaN, Inf and 0 are themselves, with exponent 0."""
+    is_small = scale < SMALLEST_SCALE
+    bits = bits_of(tl.where(is_small, scale * 16777216.0, scale))  # 2**24 makes a subnormal number a normal one
+    field = (bits >> 23) & 0xFF
+    is_usual = (field != 0) & (field != 0xFF)
+    mantissa = tl.where(is_usual, number_of((bits & 0x7FFFFF) | (127 << 23)), scale)
+    return mantissa, tl.where(is_usual, field - tl.where(is_small, 127 + 24, 127), 0)
+
+
+@jit
+def power(exponent, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2**exponent, kept within the normal numbers; sums of products have exponents far from there."""
+    return number_of((tl.minimum(tl.maximum(exponent, -126), LARGEST) + 127) << 23)
+
+
+@jit
+def write(  # type: ignore[no-untyped-def]
+    sums, top, left, m, n, x_scales, w_scales, ending, sink, X_ONE: tl.constexpr, W_ONE: tl.constexpr,
+    BLOCKED: tl.constexpr, ACTIVATION: tl.constexpr, FMT: tl.constexpr, SATURATE: tl.constexpr, CARRIER: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: a tile of sums to numbers or codes, one half of the columns after the other to save registers.
+
+    returns  what is known of the codes: the largest |out| as bits, saturated and flushed as marks, not finite
+    """
+    if sums.shape[1] >= HALVED:
+        HALF: tl.constexpr = sums.shape[1] // 2
+        halves = tl.permute(tl.reshape(sums, (sums.shape[0], 2, HALF)), (0, 2, 1))
+        first, second = tl.split(halves)
+        worst, marks, strange = write(
+            first, top, left, m, n, x_scales, w_scales, ending, sink, X_ONE, W_ONE, BLOCKED, ACTIVATION, FMT, SATURATE,
+            CARRIER,
+        )  # fmt: skip
+        more, more_marks, more_strange = write(
+            second, top, left + HALF, m, n, x_scales, w_scales, ending, sink, X_ONE, W_ONE, BLOCKED, ACTIVATION, FMT,
+            SATURATE, CARRIER,
+        )  # fmt: skip
+        worst, marks, strange = tl.maximum(worst, more), marks + more_marks, strange + more_strange
+    else:
+        row, col = top + tl.arange(0, sums.shape[0]), left + tl.arange(0, sums.shape[1])
+        mask = (row < m)[:, None] & (col < n)[None, :]
+        if not BLOCKED:
+            x_scale = load_scale(x_scales, top, tl.minimum(row, m - 1), 0, X_ONE)
+            w_scale = load_scale(w_scales, left, tl.minimum(col, n - 1), 0, W_ONE)
+            sums = scaled(sums, x_scale[:, None], w_scale[None, :])
+        if ending.bias is not None:
+            sums += to_fp32(tl.load(ending.bias + col, mask=col < n, other=0.0))[None, :]
+        out = activate(sums, ACTIVATION)
+        row, col = row.to(tl.int64), col.to(tl.int64)
+        if ending.residual is not None:
+            at = row[:, None] * ending.residual_row + col[None, :] * ending.residual_col
+            out += to_fp32(tl.load(ending.residual + at, mask=mask, other=0.0))
+        worst, marks, strange = 0, 0, 0
+        if FMT is None:
+            at = row[:, None] * n + col[None, :]
+            tl.store(ending.out + at, round_to(out, ending.out.dtype.element_ty), mask=mask)
+        else:
+            out = tl.where(mask, out, 0.0)
+            scale = tl.load(ending.scale)
+            codes, mark, odd = quantize_tile(out, usable_scale(scale, scale, CARRIER), FMT, SATURATE, CARRIER)
+            store_codes(codes, sink, row, col, mask, m, n)
+            worst, marks, strange = tl.max(size_of(out)), tl.sum(mark), tl.sum(odd)
+    return worst, marks, strange
+
+
+@jit
+def conclude(seen, m, n, ending, sink, FMT: tl.constexpr, CARRIER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scale of the codes, and what all programs saw of them."""
+    if FMT is not None:
+        if tl.program_id(0) == 0:
+            scale = tl.load(ending.scale)
+            tl.store(sink.scale, scale_of_codes(usable_scale(scale, scale, CARRIER), CARRIER))
+        worst, marks, strange = seen
+        finish(sink, worst, marks & 0xFFFF, marks >> 16, strange, tl.cast(m, tl.int64) * n, True)

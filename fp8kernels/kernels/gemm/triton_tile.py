@@ -1,0 +1,90 @@
+"""Which tile the Triton gemm takes: a pure function of the product and the GPU, with the reason beside each choice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FEW_ROWS = 64  # up to here a product is bound by reading w once, not by multiplying
+FEWEST_STEPS = 4  # of TILE_K that a part of K is worth: below, writing and reading its sums costs more than it saves
+MOST_SPLITS = 16  # parts of K; each writes an fp32 matrix [M, N] that is read again
+
+
+class Tile(NamedTuple):
+    """What a program computes: out[rows, cols], `depth` of K at a time; K in `splits` parts that are added after.
+
+    group   rows of tiles that are gone through together, so that they find w in the L2 cache
+    warps   of 32 threads (64 on AMD)
+    stages  of the pipeline from memory
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    group: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def tile(
+    m: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] | None,
+    *,
+    native: bool,
+    blocked: bool = False,
+    processors: int = 132,
+) -> Tile:
+    """The tile for out[m, n] over k.
+
+    capability  compute capability of an NVIDIA GPU, or None for AMD
+    native      the tensor cores take the codes as they are; else they are decoded to bf16 in registers
+    blocked     scales change along K: a second set of sums is in registers
+    processors  multiprocessors of the GPU
+    """
+    if m <= FEW_ROWS:
+        # x is padded to the 16 rows an instruction takes at least. 64 columns of w at 128 of K are 8 KiB a stage: with
+        # several programs on a multiprocessor and 4 stages each, enough bytes are under way to keep the memory busy.
+        rows, cols, depth, warps, stages = max(16, pow2(m)), 64, 128, 4, 4
+    elif capability is None:
+        # gfx950: four wavefronts with a quarter of 128x128 each; the code of two stages fits its 160 KiB
+        rows, cols, depth, warps, stages = 128, 128, 128 if native else 64, 4, 2
+    elif not native and capability < (9, 0):
+        # both operands of mma.sync are registers, and each of 8 warps decodes a part of w that others decode too:
+        # with 128 columns they would spill
+        rows, cols, depth, warps, stages = 128, 64, 64, 8, 4
+    elif not native:
+        # 8 warps share the work of decoding, and hold 64 sums a thread, so that the decoded values find registers too.
+        # 64 of K: the decoded bf16 tile of w takes 16 KiB of shared memory beside the codes of the stages
+        rows, cols, depth, warps, stages = 128, 128, 64, 8, 3
+    elif capability >= (10, 0):
+        # sums stay in tensor memory; 128x256 is the largest single instruction. 48 KiB a stage, of 228. Scaled sums
+        # are in registers: 128 columns of them
+        rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 128, 8, 4
+    elif capability >= (9, 0):
+        # two warp groups with 64x128 each: 64 sums a thread, and as many of the 128 of K that are not yet promoted.
+        # 128x256 would need 256 registers for both. 32 KiB a stage, of 227
+        rows, cols, depth, warps, stages = 128, 128, 128, 8, 4
+    else:
+        # sm_89 has 100 KiB of shared memory: 4 stages of 16 KiB leave room for the epilogue
+        rows, cols, depth, warps, stages = 128, 128, 64, 8, 4
+    if m > FEW_ROWS and tiles(m, n, rows, cols) < processors:
+        # too few tiles to go round: smaller ones keep more multiprocessors busy
+        cols = 64
+    splits = 1
+    count = tiles(m, n, rows, cols)
+    if count * 2 <= processors:
+        # more than half of the multiprocessors would idle: split K among them
+        splits = max(1, min(processors // count, -(-k // depth) // FEWEST_STEPS, MOST_SPLITS))
+    return Tile(rows, cols, depth, 8, splits, warps, stages)  # 8 rows of tiles of x with one of w: 9 KiB of codes a K
+
+
+def tiles(m: int, n: int, rows: int, cols: int) -> int:
+    """How many tiles cover out."""
+    return -(-m // rows) * -(-n // cols)
+
+
+def pow2(extent: int) -> int:
+    """The next power of two, which the sides of a tile are."""
+    return 1 << (extent - 1).bit_length()
