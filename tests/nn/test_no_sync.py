@@ -145,6 +145,32 @@ def test_a_step_waits_for_nothing(name: str, commits: list[int], monkeypatch: py
     assert commits == [4, 4, 4]
 
 
+def test_a_step_of_fused_blocks_waits_for_nothing(commits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and MLPs that make the codes themselves; transformers' loop around the blocks reads its mask: left out."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaModel(LlamaConfig(vocab_size=64, **sizes))
+    monkeypatch.setattr(function, "keeps_transposed", lambda device, recipe: True)
+    blocks = convert(model, CASES["hif8 gradients"], verbose=False).layers
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(2, 5, 128)
+    embeddings = model.rotary_emb(x, torch.arange(5)[None])
+
+    def one() -> None:
+        y = x
+        for block in blocks:
+            y = block(y, attention_mask=None, position_embeddings=embeddings)
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one()
+    with no_waiting():
+        one()
+        one()
+    assert commits == [14, 14, 14]
+
+
 @pytest.mark.usefixtures("commits")
 def test_only_warm_up_waits() -> None:
     """Whether warm-up is over is read from the state while it lasts, and then never again."""

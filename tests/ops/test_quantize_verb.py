@@ -146,3 +146,55 @@ def test_fake_quantize_is_straight_through() -> None:
     x.grad = None
     fake_quantize(x, "e4m3", scale=1.0, clip_gradient=True).sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("block", ["tensor", "row", "1x128", "128x128"])
+@pytest.mark.parametrize(("target", "k"), [(None, 4), (224.0, 1)])
+def test_a_carrier_is_hif8_in_e4m3_codes(target: float | None, k: int, block: str) -> None:
+    x = torch.randn(2, 128, 256)
+    x = x + x.sign() * 0.01  # away from zero: nothing is lost below
+    plain = quantize(x, "hif8", block=block, target=target)
+    q, stats = quantize_with_stats(x, "hif8", block=block, target=target, carrier=True, transpose=True)
+    assert q.fmt is FORMATS["e4m3"]
+    assert torch.equal(q.scale, plain.scale * 2.0**-k)
+    assert torch.equal(q.dequantize(), plain.dequantize())
+    assert stats.counts[1:].tolist() == [0, 0, 0]
+    assert q.codes_t is not None
+    assert torch.equal(q.codes_t, q.codes.reshape(256, 256).t())
+    assert q.float8().dtype == torch.float8_e4m3fn
+
+
+def test_a_carrier_counts_what_it_cannot_hold() -> None:
+    """With a scale of 1 and k = 4: 28 is the largest, 2**-12 the smallest above which all of HiF8 is exact."""
+    x = torch.tensor([[28.0, -30.0, 1e9, math.inf, math.nan, 2.0**-13, 1.5 * 2.0**-13, 2.0**-20, 1e-9, 0.0]])
+    q, stats = quantize_with_stats(x, "hif8", scale=1.0, carrier=True)
+    assert stats.counts.tolist() == [10, 3, 3, 2]
+    decoded = q.dequantize()[0]
+    assert decoded[:4].tolist() == [28.0, -28.0, 28.0, 28.0]
+    assert decoded[4].isnan()
+    assert decoded[5:].tolist() == [2.0**-13, 2.0**-12, 0.0, 0.0, 0.0]
+
+
+def test_margin_is_head_room_in_a_carrier_too() -> None:
+    x = torch.randn(4, 32)
+    assert quantize(x, "hif8", carrier=True, margin=1).scale == quantize(x, "hif8", margin=1).scale * 2.0**-4
+
+
+@pytest.mark.parametrize(
+    ("fmt", "options", "says"),
+    [
+        ("e4m3", {}, "e4m3 has no carrier"),
+        ("hif8", {"target": 1000.0}, "target=1000 lies beyond 448"),
+        ("hif8", {"overflow": "native"}, "a carrier saturates"),
+    ],
+)
+def test_no_carrier(fmt: str, options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=f"quantize: carrier=True: {says}"):
+        quantize(torch.randn(4), fmt, carrier=True, **options)  # type: ignore[arg-type]
+
+
+def test_explain_a_carrier() -> None:
+    x = torch.randn(4, 32)
+    assert fp8kernels.explain("quantize", x, "hif8", carrier=True).kernel == "cpu"
+    with pytest.raises(ValueError, match="no carrier"):
+        fp8kernels.explain("quantize", x, "e5m2", carrier=True)
