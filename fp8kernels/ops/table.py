@@ -19,7 +19,10 @@ from ..kernels.dequantize import cpu as dequantize_cpu
 from ..kernels.dequantize import reference as dequantize_reference
 from ..kernels.gemm import cpu as gemm_cpu
 from ..kernels.gemm import cuda as gemm_cuda
+from ..kernels.gemm import decoded as gemm_decoded
 from ..kernels.gemm import reference as gemm_reference
+from ..kernels.gemm import triton_jit as gemm_triton
+from ..kernels.gemm import vendor as gemm_vendor
 from ..kernels.norm_backward import reference as norm_backward_reference
 from ..kernels.norm_quantize import cpu as norm_quantize_cpu
 from ..kernels.norm_quantize import reference as norm_quantize_reference
@@ -49,6 +52,9 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "gemm": (
         Kernel("cuda", gemm_cuda.why_not, gemm_cuda.gemm),
+        Kernel("vendor", gemm_vendor.why_not, gemm_vendor.gemm),
+        Kernel("triton", gemm_triton.why_not, gemm_triton.gemm),
+        Kernel("decoded", gemm_decoded.why_not, gemm_decoded.gemm),
         Kernel("cpu", gemm_cpu.why_not, gemm_cpu.gemm),
         Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
     ),

@@ -206,7 +206,7 @@ def pointer(operand: Operand, how: Plan, side: int) -> Any:
     """What the kernel reads codes through: a descriptor of the tile's extent, or the tensor."""
     if not how.descriptors[side]:
         return operand.codes
-    codes = operand.codes.view(operand.fmt.carrier) if how.native else operand.codes
+    codes = operand.codes.view(operand.fmt.carrier) if how.native and operand.fmt.carrier else operand.codes
     return TensorDescriptor.from_tensor(codes, [how.tile[side], how.tile.depth])
 
 
@@ -243,11 +243,12 @@ class Ending(NamedTuple):
 
 def ending_of(bias: Tensor | None, epilogue: Epilogue, out: Any) -> Ending:
     residual = epilogue.residual
-    strides = (0, 0) if residual is None else residual.stride()
+    row, col = (0, 0) if residual is None else residual.stride()
     return Ending(
         None if bias is None else bias.detach().contiguous(),
         None if residual is None else residual.detach(),
-        *strides,
+        row,
+        col,
         out.codes if isinstance(out, Quantized) else out,
         epilogue.scale,
     )
