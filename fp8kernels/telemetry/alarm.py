@@ -104,6 +104,7 @@ def _why_it_leaves(layer: ScaledLayer, index: int, step: list[int], steps: int) 
 
 
 def _message(layer: ScaledLayer, index: int, used: float, step: list[int], steps: int) -> str:
+    """Reads the newest amax, which on a GPU waits: once, as a tensor that saturates is told once."""
     role = layer.fp8_recipe.roles()[index]
     fmt = get_format(role.fmt if role is not None else layer.fp8_recipe.input.fmt)
     shift = layer.fp8_carrier(index, layer.fp8_scale.device)
