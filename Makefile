@@ -1,6 +1,7 @@
 # make demo    sets up .venv, then runs the main job on real input
 # make test    sets up .venv, then passes the C++ and the Python tests
 # make bench   measures every goal that this machine can, and prints goal, newest row and gap
+# make gpu     on a machine with a GPU: builds with $(PYTHON)'s own packages, tests, measures, appends rows
 # make lint    format, lint, types
 #
 # The set-up runs once: its stamps are older than pyproject.toml, constraints.txt or the C++ sources only after an edit.
@@ -8,8 +9,10 @@
 #                                       The CPU build of torch is taken where pip's indexes have it (PyTorch's own CPU
 #                                       index does: name it in PIP_EXTRA_INDEX_URL); else PyPI's, with CUDA on Linux
 #   PYTEST_ARGS="-k gemm" make test     arguments for pytest
+#   SECONDS=300 make gpu                how long that may take; GPU_ARGS="--only gemm" for some of it
 
 PYTHON ?= python3
+SECONDS ?= 520
 SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -18,7 +21,7 @@ EXTRAS := triton,demo,test,dev
 CXX_SOURCES := CMakeLists.txt $(shell find csrc python tests/cpp -type f 2>/dev/null)
 BUILD := build/editable
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test bench gpu lint setup clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -29,9 +32,14 @@ demo: .venv/.built
 test: .venv/.built
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m bench.ledger
 
 bench: .venv/.built
 	$(BIN)/python -m bench.goals --run
+
+# no .venv and no network: see bench/gpu.py
+gpu:
+	$(PYTHON) -m bench.gpu --seconds $(SECONDS) $(GPU_ARGS)
 
 lint: .venv/.built
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

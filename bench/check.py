@@ -118,7 +118,12 @@ def norm_exact(x: Tensor, norm: Norm, through: torch.dtype = torch.float32) -> t
     bias = 0.0 if norm.bias is None else norm.bias.double().abs()
     moved = centered.abs() + offset * (1 + centered.abs() * rstd[:, None])  # the mean's error, also inside rstd
     slack = depth * U * moved * rstd[:, None] * torch.as_tensor(weight).abs() + 4 * U * (y.abs() + bias)
-    return y, slack + tolerance.UNIT[through] * (y.abs() + slack)
+    return y, rounded(y, slack, through)
+
+
+def rounded(y: Tensor, slack: Tensor, through: torch.dtype) -> Tensor:
+    """How far a number that is within `slack` of y may be from it once it is rounded to a dtype."""
+    return slack + tolerance.UNIT[through] * (y.abs() + slack) + tolerance.SMALLEST[through]
 
 
 EXPONENTIAL = 8  # units of fp32, times (1 + |x|): exp through 2**(x * log2 e) loses |x| of them, the rest is rounding
@@ -140,7 +145,7 @@ def activation_exact(
     y = inner * factor
     slack = (relative + absolute) * factor.abs() + 4 * U * y.abs()
     for _ in range(1 if other is None else 2):
-        slack = slack + tolerance.UNIT[through] * (y.abs() + slack)
+        slack = rounded(y, slack, through)
     return y, slack
 
 

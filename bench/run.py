@@ -47,6 +47,10 @@ class Job:
         return f"{self.goal or self.measure.split(':')[0]}({given})"
 
 
+class Fault(RuntimeError):
+    """A kernel failed on the device: the process can use it no more."""
+
+
 def measure_all(
     jobs: Sequence[Job],
     say: Callable[[str], object],
@@ -54,10 +58,13 @@ def measure_all(
     seconds: float | None = None,
     keep: bool = True,
     deadline: float = math.inf,
+    begin: Callable[[Job], object] = str,
 ) -> bool:
     """Measure one after the other; False where a check failed.
 
     deadline   of time.monotonic(): no job is begun after it, and how many were not is said
+    begin      is called with each job before it is begun
+    raises     Fault after one on the GPU, when nothing more can run in this process
     """
     passed = True
     sensors = Sensors() if any(job.device == "cuda" for job in jobs) else None
@@ -66,12 +73,8 @@ def measure_all(
             if time.monotonic() > deadline:
                 say(f"out of time: {len(jobs) - number} of {len(jobs)} not measured, from {job} on")
                 break
-            try:
-                passed &= _measure_one(job, say, seconds, sensors, keep=keep)
-            except RuntimeError as error:  # a fault on the GPU, after which nothing runs in this process
-                say(f"WRONG {job}: {error}")
-                passed = False
-                break
+            begin(job)
+            passed &= _measure_one(job, say, seconds, sensors, keep=keep)
     finally:
         if sensors is not None:
             sensors.close()
@@ -81,10 +84,7 @@ def measure_all(
 def _measure_one(
     job: Job, say: Callable[[str], object], seconds: float | None, sensors: Sensors | None, *, keep: bool
 ) -> bool:
-    """False where a check failed; a case that this machine cannot run is said and passed over.
-
-    raises   RuntimeError for a fault on the GPU
-    """
+    """False where a check failed; a case that this machine cannot run is said and passed over."""
     try:
         row = measure(job, seconds, sensors)
     except AssertionError as error:
@@ -93,7 +93,7 @@ def _measure_one(
     except (ValueError, RuntimeError) as error:
         passes_over = isinstance(error, ValueError | NotImplementedError | torch.cuda.OutOfMemoryError)
         if not passes_over and not str(error).startswith("no kernel can run"):
-            raise
+            raise Fault(f"{job}: {error}") from error
         say(f"not measured: {job}: {str(error).strip().splitlines()[0]}")
         return True
     finally:
