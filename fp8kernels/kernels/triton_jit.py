@@ -17,7 +17,7 @@ from torch import Tensor
 from ..formats import E4M3, FORMATS, HIF8
 
 try:
-    import triton
+    import triton as triton  # a name for the kernels' files too
     import triton.language as tl
 
     jit, constexpr = triton.jit, tl.constexpr
@@ -91,6 +91,7 @@ INF_BITS = constexpr(0x7F800000)
 QUIET_NAN = constexpr(0x7FC00000)
 HIF8_KEPT = constexpr(0b01_01_10_11)  # mantissa bits that HiF8 keeps, two bits for each four exponents from 0 on
 NOTHING = constexpr((127 - 24) << 23)  # 2**-24, which HiF8 rounds to zero, stands for all that it rounds to zero
+IN_INTERPRETER = constexpr(INTERPRETED)
 SMALLEST_SCALE = constexpr(2.0**-126)
 LARGEST_SCALE = constexpr(float(torch.finfo(torch.float32).max))
 
@@ -227,6 +228,26 @@ def hif8_bits(rest):  # type: ignore[no-untyped-def]
     joined = (s ^ -(negative << 23)) + (negative << 23)  # -|exponent| in two's complement, the mantissa as it is
     denormal = tl.where(rest == 0, 0, (rest + (127 - 23)) << 23)
     return tl.where(rest < 8, denormal, joined + (127 << 23))
+
+
+@jit
+def quotient(x, scale):  # type: ignore[no-untyped-def]
+    """x / scale as the codes of every format want it: correctly rounded from 2**-24 on, an infinity beyond fp32.
+
+    With r the rounded 1 / scale, one step takes x * r to within a unit in the last place, and the next one is exact
+    (Markstein, IBM J. Res. Dev. 34, 1990). It has no slow path and needs no special function unit, unlike tl.div_rn;
+    tests/cpp/test_quotient_steps.cpp tries it. The interpreter's fma rounds twice, so it divides.
+    """
+    if IN_INTERPRETER:
+        return tl.div_rn(x, scale)
+    lift = tl.where(scale < 2.0**-30, 2.0**64, tl.where(scale > 2.0**60, 2.0**-64, 1.0))  # so that nothing underflows
+    near = scale * lift
+    r = tl.div_rn(tl.full(near.shape, 1.0, tl.float32), near)
+    x, near, r = tl.broadcast(x * lift, near)[0], tl.broadcast(near, x)[0], tl.broadcast(r, x)[0]
+    q = x * r
+    faithful = tl.fma(tl.fma(-q, near, x), r, q)
+    correct = tl.fma(tl.fma(-faithful, near, x), r, faithful)
+    return tl.where((bits_of(q) & MAGNITUDE) < INF_BITS, correct, q)
 
 
 @jit

@@ -28,6 +28,7 @@ from ..kernels.norm_quantize import cpu as norm_quantize_cpu
 from ..kernels.norm_quantize import reference as norm_quantize_reference
 from ..kernels.quantize import cpu as quantize_cpu
 from ..kernels.quantize import reference as quantize_reference
+from ..kernels.quantize import triton_jit as quantize_triton
 
 BACKEND_VARIABLE = "FP8KERNELS_BACKEND"  # forces one backend for every verb: that one or an error
 
@@ -43,6 +44,7 @@ class Kernel(NamedTuple):
 # order is preference
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "quantize": (
+        Kernel("triton", quantize_triton.why_not, quantize_triton.quantize),
         Kernel("cpu", quantize_cpu.why_not, quantize_cpu.quantize),
         Kernel("reference", quantize_reference.why_not, quantize_reference.quantize),
     ),
