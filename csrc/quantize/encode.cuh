@@ -141,14 +141,15 @@ struct EncodeByAdder {
         return bits_from_float(sum) + (exponent >> how.cut) - (how.lowest >> how.cut);
     }
 
-    // signs: the top bit of each byte; x: what was divided, to tell the zeros from what became zero.
-    __device__ __forceinline__ uint32_t four(const float* y, const float* x, uint32_t signs, Tally& tally) const {
+    struct Four {
+        uint32_t lost;  // the top bit of each byte whose code is zero
+        __device__ __forceinline__ bool is_lost(int i) const { return lost >> 8 * i & 0x80; }
+    };
+
+    // Codes of four quotients; signs: the top bit of each byte.
+    __device__ __forceinline__ uint32_t four(const float* y, uint32_t signs, Four& seen) const {
         const uint32_t codes = pack(one(y[0]), one(y[1]), one(y[2]), one(y[3]));
-        const uint32_t some = (codes + 0x7F7F7F7Fu) & 0x80808080u;  // the top bit where a code is not zero
-        if (some != 0x80808080u) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) tally.flushed += (some >> 8 * i & 0x80) == 0 && x[i] != 0.0f;
-        }
+        seen.lost = ~(codes + 0x7F7F7F7Fu) & 0x80808080u;
         return codes | signs;
     }
 };
@@ -185,12 +186,16 @@ struct EncodeByTable {
         return table[down >> (kMantissaBits - kBits) & 0x3FF];  // without the sign
     }
 
-    __device__ __forceinline__ uint32_t four(const float* y, const float* x, uint32_t signs, Tally& tally) const {
-        const uint32_t found[4] = {one(y[0]), one(y[1]), one(y[2]), one(y[3])};
-        if ((found[0] | found[1] | found[2] | found[3]) & kLost) {
+    struct Four {
+        uint32_t lost, found[4];
+        __device__ __forceinline__ bool is_lost(int i) const { return found[i] & kLost; }
+    };
+
+    __device__ __forceinline__ uint32_t four(const float* y, uint32_t signs, Four& seen) const {
+        uint32_t (&found)[4] = seen.found;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) tally.flushed += (found[i] & kLost) != 0 && x[i] != 0.0f;
-        }
+        for (int i = 0; i < 4; ++i) found[i] = one(y[i]);
+        seen.lost = (found[0] | found[1] | found[2] | found[3]) & kLost;
         const uint32_t low = __byte_perm(found[0], found[1], 0x5410), high = __byte_perm(found[2], found[3], 0x5410);
         return __byte_perm(low, high, 0x6420) | (signs & __byte_perm(low, high, 0x7531));
     }
@@ -218,13 +223,19 @@ template <int kTurns, class Encode, int kCount>
 __device__ __forceinline__ void encode_fast(const float (&x)[kCount], const uint32_t (&signs)[kCount / 4],
                                             const Divisor& d, const Encode& encode, uint32_t (&codes)[kCount / 4],
                                             Tally& tally) {
+    typename Encode::Four seen[kCount / 4];
+    uint32_t lost = 0;
 #pragma unroll
     for (int w = 0; w < kCount / 4; ++w) {
         float y[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) y[i] = quotient<kTurns>(x[4 * w + i], d);
-        codes[w] = encode.four(y, x + 4 * w, signs[w], tally);
+        codes[w] = encode.four(y, signs[w], seen[w]);
+        lost |= seen[w].lost;
     }
+    if (lost == 0) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) tally.flushed += seen[i / 4].is_lost(i % 4) && x[i] != 0.0f;  // zeros are kept
 }
 
 }  // namespace fp8kernels

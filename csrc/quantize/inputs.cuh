@@ -1,8 +1,9 @@
 // What a CUDA kernel reads: 16 bytes of fp32, bf16 or fp16 numbers at a time, widened to fp32.
 //
 // An input says: T, the element as it lies in memory; kCount, elements in 16 bytes; kTurns, see quotient(); kThreads,
-// the block that holds 16,384 elements in eight vectors a thread; unpack, the numbers; signs, their top bits, four a
-// word.
+// the block that holds a tile of 16,384 elements, kSteps vectors a thread; kResident, how many of them are on a
+// multiprocessor, which leaves at least 64 registers a thread and has 64 KiB and more under way, several times what
+// hides the memory's latency; unpack, the numbers; signs, their top bits, four a word.
 #pragma once
 
 #include "quantize/encode.cuh"
@@ -12,6 +13,7 @@ namespace fp8kernels {
 struct Bf16Input {
     using T = uint16_t;
     static constexpr int kCount = 8, kTurns = 1;
+    static constexpr int kSteps = 8;
     static constexpr unsigned kThreads = 256, kResident = 3;
 
     __device__ static float widen(T x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
@@ -46,7 +48,8 @@ struct Fp16Input : Bf16Input {
 struct Fp32Input {
     using T = float;
     static constexpr int kCount = 4, kTurns = 2;
-    static constexpr unsigned kThreads = 512, kResident = 2;
+    static constexpr int kSteps = 4;
+    static constexpr unsigned kThreads = 1024, kResident = 1;
 
     __device__ static float widen(T x) { return x; }
     __device__ static void unpack(const uint4& v, float (&x)[kCount]) {

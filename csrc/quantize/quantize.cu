@@ -27,7 +27,7 @@ namespace {
 struct Task {
     const void* x;
     uint8_t* codes;
-    uint8_t* codes_t;  // or null
+    uint8_t* codes_t;  // or null: not written on the way
     const float* scale_in;
     float* scale_out;
     float* amax;
@@ -121,14 +121,15 @@ struct TileVectors {
     }
 
     // Reads what can be held and zeros, with a bit each of `held`; returns the bits of what has to be put aside.
-    __device__ __forceinline__ unsigned load_all(uint4 (&v)[kSteps], unsigned& held) const {
+    __device__ __forceinline__ unsigned load_all(uint4 (&v)[Input::kSteps], unsigned& held) const {
         unsigned aside = 0;
+        const typename Input::T* next = x(0);
         held = 0;
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < Input::kSteps; ++i, next += task.tiling.step) {
             const int count = left(i);
             const bool holds = count == Input::kCount && task.tiling.whole;
-            v[i] = holds ? load<Input>(x(i)) : make_uint4(0, 0, 0, 0);
+            v[i] = holds ? load<Input>(next) : make_uint4(0, 0, 0, 0);
             if (holds) {
                 held |= 1u << i;
             } else if (count > 0) {
@@ -139,10 +140,10 @@ struct TileVectors {
     }
 
     // The largest |x|, or the largest finite one, of what this thread has of the tile.
-    __device__ __forceinline__ float largest(uint4 (&v)[kSteps], unsigned aside, bool finite_only) const {
+    __device__ __forceinline__ float largest(uint4 (&v)[Input::kSteps], unsigned aside, bool finite_only) const {
         float size = aside ? largest_aside<Input>(aside, *this, finite_only) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < Input::kSteps; ++i) {
             size = ptx::max_nan(size, finite_only ? largest_finite_of<Input>(v[i]) : largest_of<Input>(v[i]));
             ptx::forget(v[i]);
         }
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) prepare_sca
     for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
         const TileVectors<Input> vectors(task, tile, nullptr);
         if (!one && task.scale_in[vectors.place.block] != 0.0f) continue;
-        uint4 v[kSteps];
+        uint4 v[Input::kSteps];
         unsigned held;
         const unsigned aside = vectors.load_all(v, held);
         float size = vectors.largest(v, aside, false);
@@ -189,19 +190,19 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) prepare_sca
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-template <class Input, class Encode>
+template <class Input, class Encode, bool kTransposes>
 __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_tiles(const Task task) {
     constexpr int kCount = Input::kCount;
     __shared__ uint32_t table[Encode::kTable];
     const Encode encode(task.coding, table, threadIdx.x, Input::kThreads);
-    uint32_t* const square = task.codes_t ? reinterpret_cast<uint32_t*>(dynamic_shared()) : nullptr;
+    uint32_t* const square = kTransposes ? reinterpret_cast<uint32_t*>(dynamic_shared()) : nullptr;
     __syncthreads();
 
     const Tiling& t = task.tiling;
     Tally tally;
     for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
         const TileVectors<Input> vectors(task, tile, square);
-        uint4 v[kSteps];
+        uint4 v[Input::kSteps];
         unsigned held, aside = vectors.load_all(v, held);
 
         float scale;
@@ -221,8 +222,11 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
 
         const Divisor d = divisor(scale, task.coding);
         float amax = aside ? largest_aside<Input>(aside, vectors, false) : 0.0f;
+        uint8_t* next = vectors.codes(0);
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < Input::kSteps; ++i) {
+            uint8_t* const to = next;
+            next += t.code_step;
             if (!(held >> i & 1)) continue;
             float numbers[kCount];
             uint32_t signs[kCount / 4], codes[kCount / 4];
@@ -235,8 +239,8 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
             }
             Input::signs(v[i], signs);
             encode_fast<Input::kTurns>(numbers, signs, d, encode, codes, tally);
-            store(vectors.codes(i), codes);
-            if (square) {
+            store(to, codes);
+            if (kTransposes) {
 #pragma unroll
                 for (int w = 0; w < kCount / 4; ++w)
                     square[tile_word(vectors.stand.row + i * t.step_rows, vectors.stand.col / 4 + w)] = codes[w];
@@ -252,7 +256,7 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
             const uint32_t bits = block_largest(amax);
             if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(task.amax + again.place.block), bits);
         }
-        if (square) {
+        if (kTransposes) {
             const Place& p = again.place;
             __syncthreads();
             write_transposed(square, task.codes_t, t.rows, p.row, p.col, p.rows, p.cols);
@@ -263,6 +267,9 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
 }
 
 // ---- runs -----------------------------------------------------------------------------------------------------------
+
+constexpr unsigned kRunThreads = 256, kRunResident = 3;
+constexpr int kRunVectors = 8;  // a lane, where a warp holds a run
 
 // The vectors of a lane in the kBlocks blocks of its team, vector j of block b at b * kVectors + j.
 template <class Input, int kLanes, int kBlocks, int kVectors>
@@ -291,12 +298,12 @@ struct RunVectors {
 
 // A team of kLanes lanes holds kBlocks blocks at a time, each at most kVectors vectors a lane of one row.
 template <class Input, class Encode, int kLanes, int kBlocks, int kVectors>
-__global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_runs(const Task task) {
+__global__ void __launch_bounds__(kRunThreads, kRunResident) quantize_runs(const Task task) {
     constexpr int kCount = Input::kCount, kAll = kBlocks * kVectors;
-    constexpr unsigned kTeams = Input::kThreads / kLanes;
+    constexpr unsigned kTeams = kRunThreads / kLanes;
     constexpr unsigned kOfBlock = (1u << kVectors) - 1;
     __shared__ uint32_t table[Encode::kTable];
-    const Encode encode(task.coding, table, threadIdx.x, Input::kThreads);
+    const Encode encode(task.coding, table, threadIdx.x, kRunThreads);
     __syncthreads();
 
     const Tiling& t = task.tiling;
@@ -390,30 +397,58 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ru
 // ---- the host's part ------------------------------------------------------------------------------------------------
 
 template <class Input, class Encode>
+int launch_runs(const Task& task, const QuantizeOnGpu& gpu) {
+    constexpr int kLanesOf128 = 128 / Input::kCount;
+    const bool is_short = task.tiling.block_cols <= 128;
+    const int64_t held = is_short ? kRunThreads / kLanesOf128 * 4 : kRunThreads / 32;  // by a block of threads
+    const int64_t needed = ceil_div(task.tiling.blocks, held), most = int64_t{kRunResident} * gpu.processors;
+    const Grid grid{static_cast<unsigned>(needed < most ? needed : most)};
+    return is_short ? launch(quantize_runs<Input, Encode, kLanesOf128, 4, 1>, grid, kRunThreads, 0, gpu.stream, task)
+                    : launch(quantize_runs<Input, Encode, 32, 1, kRunVectors>, grid, kRunThreads, 0, gpu.stream, task);
+}
+
+template <class Input, class Encode>
+int launch_tiles(Task task, const QuantizeOnGpu& gpu) {
+    const Tiling& t = task.tiling;
+    if (t.tiles > UINT32_MAX) return cudaErrorInvalidValue;
+    const int64_t most = int64_t{Input::kResident} * gpu.processors;
+    const Grid grid{static_cast<unsigned>(t.tiles < most ? t.tiles : most)};
+    task.prepared = t.across * t.down > 1;
+    if (task.prepared) {
+        int error = cudaSuccess;
+        if (t.blocks == 1) {
+            task.report.amax = task.amax;
+        } else {
+            const auto bytes = static_cast<size_t>(t.blocks) * sizeof(float);
+            const auto stream = static_cast<cudaStream_t>(gpu.stream);
+            error = cudaMemsetAsync(task.scale_out, 0, bytes, stream);
+            if (error == cudaSuccess) error = cudaMemsetAsync(task.amax, 0, bytes, stream);
+        }
+        if (error == cudaSuccess) error = launch(prepare_scales<Input>, grid, Input::kThreads, 0, gpu.stream, task);
+        if (error != cudaSuccess) return error;
+    }
+    return task.codes_t
+               ? launch(quantize_tiles<Input, Encode, true>, grid, Input::kThreads, kTileBytes, gpu.stream, task)
+               : launch(quantize_tiles<Input, Encode, false>, grid, Input::kThreads, 0, gpu.stream, task);
+}
+
+template <class Input, class Encode>
 int run(const QuantizeArgs& args, const QuantizeOnGpu& gpu) {
     constexpr int kCount = Input::kCount;
-    constexpr int64_t kElement = sizeof(typename Input::T);
-    constexpr unsigned kThreads = Input::kThreads;
-    constexpr int64_t kLanesOf128 = 128 / kCount;
-    const auto resident = static_cast<unsigned>(gpu.processors) * Input::kResident;
+    constexpr int64_t kElement = sizeof(typename Input::T), kRow = int64_t{Input::kThreads} * kCount;
     const Tiling matrix = blocks_of(args.rows, args.cols, args.row_stride, args.grid_rows, args.grid_cols);
-    const int64_t blocks = matrix.blocks;
     Tiling t = flattened(matrix);
-
-    const bool runs = t.block_rows == 1 && t.block_cols <= 32 * kSteps * kCount;
-    bool transposes = false;  // on the way
-    if (gpu.codes_t && !(runs && blocks > 1)) {
-        const bool square = matrix.block_rows <= kTile && matrix.block_cols <= kTile;
-        transposes = blocks == 1 || square;
-    }
+    const bool runs = t.block_rows == 1 && t.block_cols <= 32 * kRunVectors * kCount;
+    const bool square = matrix.block_rows <= kTile && matrix.block_cols <= kTile;
+    const bool transposes = gpu.codes_t && (t.blocks == 1 || (square && !runs));
     if (transposes) {
         t = matrix;
-        cut(t, kThreads, kCount, kTile, kTile);
+        cut(t, Input::kThreads, Input::kSteps, kCount, kTile, kTile);
     } else if (!runs) {
-        cut(t, kThreads, kCount, t.block_rows, t.block_cols);
-        const int64_t steps = ceil_div(t.block_cols, int64_t{kThreads} * kCount * resident);
-        if (blocks == 1 && t.block_rows == 1 && steps < kSteps) {  // smaller tiles, for every multiprocessor
-            cut(t, kThreads, kCount, 1, steps * kThreads * kCount);
+        cut(t, Input::kThreads, Input::kSteps, kCount, t.block_rows, t.block_cols);
+        const int64_t steps = ceil_div(t.block_cols, kRow * Input::kResident * gpu.processors);
+        if (t.blocks == 1 && t.block_rows == 1 && t.across > 1 && steps < Input::kSteps) {
+            cut(t, Input::kThreads, Input::kSteps, kCount, 1, steps * kRow);  // smaller tiles, for every multiprocessor
         }
     }
     const auto at = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
@@ -421,51 +456,17 @@ int run(const QuantizeArgs& args, const QuantizeOnGpu& gpu) {
               (t.rows == 1 || (t.stride * kElement % 16 == 0 && t.cols % kCount == 0)) &&
               (t.grid_cols == 1 || t.block_cols % kCount == 0);
 
-    Task task{args.x,
-              args.codes,
-              transposes ? gpu.codes_t : nullptr,
-              args.scale_in,
-              args.scale_out,
-              args.amax,
-              t,
-              coding(args.fmt, args.saturate, args.carrier),
-              args.target,
-              args.rule,
-              false,
-              {gpu.workspace, args.rows * args.cols, args.counts, nullptr, gpu.pending, gpu.counters}};
-    int error = cudaSuccess;
-    if (runs && !transposes) {
-        const bool short_runs = t.block_cols <= 128;
-        const int64_t held = short_runs ? kThreads / kLanesOf128 * 4 : kThreads / 32;
-        const int64_t most = ceil_div(blocks, held);
-        const Grid grid{most < resident ? static_cast<unsigned>(most) : resident};
-        error = short_runs
-                    ? launch(quantize_runs<Input, Encode, kLanesOf128, 4, 1>, grid, kThreads, 0, gpu.stream, task)
-                    : launch(quantize_runs<Input, Encode, 32, 1, kSteps>, grid, kThreads, 0, gpu.stream, task);
-    } else {
-        task.prepared = !t.fits_tile();
-        if (t.tiles > UINT32_MAX) return cudaErrorInvalidValue;
-        const Grid grid{t.tiles < resident ? static_cast<unsigned>(t.tiles) : resident};
-        if (task.prepared) {
-            if (blocks == 1) {
-                task.report.amax = args.amax;
-            } else {
-                const auto bytes = static_cast<size_t>(blocks) * sizeof(float);
-                auto stream = static_cast<cudaStream_t>(gpu.stream);
-                error = cudaMemsetAsync(args.scale_out, 0, bytes, stream);
-                if (error == cudaSuccess) error = cudaMemsetAsync(args.amax, 0, bytes, stream);
-            }
-            if (error == cudaSuccess) error = launch(prepare_scales<Input>, grid, kThreads, 0, gpu.stream, task);
-        }
-        if (error == cudaSuccess) {
-            error =
-                launch(quantize_tiles<Input, Encode>, grid, kThreads, transposes ? kTileBytes : 0, gpu.stream, task);
-        }
-    }
-    if (error == cudaSuccess && gpu.codes_t && !transposes) {
-        error = transpose_codes_cuda(args.codes, gpu.codes_t, args.rows, args.cols, gpu.processors, gpu.stream);
-    }
-    return error;
+    Task task{};
+    task.x = args.x, task.codes = args.codes, task.codes_t = transposes ? gpu.codes_t : nullptr;
+    task.scale_in = args.scale_in, task.scale_out = args.scale_out, task.amax = args.amax;
+    task.tiling = t;
+    task.coding = coding(args.fmt, args.saturate, args.carrier);
+    task.target = args.target, task.rule = args.rule;
+    task.report = {gpu.workspace, args.rows * args.cols, args.counts, nullptr, gpu.pending, gpu.counters};
+    const int error =
+        runs && !transposes ? launch_runs<Input, Encode>(task, gpu) : launch_tiles<Input, Encode>(task, gpu);
+    if (error != cudaSuccess || !gpu.codes_t || transposes) return error;
+    return transpose_codes_cuda(args.codes, gpu.codes_t, args.rows, args.cols, gpu.processors, gpu.stream);
 }
 
 template <class Input>

@@ -1,7 +1,8 @@
 // How a matrix of blocks is cut into tiles, and where a thread stands in one.
 //
-// A tile lies in one block of scales and is at most kSteps vectors a thread. A power of two of threads stands side by
-// side along a row, so that no thread divides; a tile of one row that is longer than all threads is walked along.
+// A tile lies in one block of scales and is at most a few vectors (`steps`) a thread. A power of two of threads stands
+// side by side along a row, so that no thread divides; a tile of one row that is longer than all threads is walked
+// along.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,8 +10,6 @@
 #include <cstdint>
 
 namespace fp8kernels {
-
-constexpr int kSteps = 8;  // vectors a thread holds
 
 struct Tiling {
     int64_t rows, cols, stride;      // of x, in elements; codes are dense
@@ -23,8 +22,6 @@ struct Tiling {
     int step_rows, step_cols;  // from one vector of a thread to its next
     int64_t step, code_step;   // the same in elements of x and in codes
     bool whole;                // vectors stand at multiples of their size; else element by element
-
-    bool fits_tile() const { return across == 1 && down == 1; }
 };
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,8 +49,8 @@ inline Tiling flattened(Tiling t) {
     return t;
 }
 
-// Fills in the tiles: of the given extent at most, for `threads` threads with vectors of `count` elements.
-inline void cut(Tiling& t, unsigned threads, int count, int64_t most_rows, int64_t most_cols) {
+// Fills in the tiles: of the given extent at most, for `threads` threads with `steps` vectors of `count` elements.
+inline void cut(Tiling& t, unsigned threads, int steps, int count, int64_t most_rows, int64_t most_cols) {
     const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const int64_t vectors = ceil_div(smaller(t.block_cols, most_cols), count);
     t.lanes = 1;
@@ -64,8 +61,8 @@ inline void cut(Tiling& t, unsigned threads, int count, int64_t most_rows, int64
     t.step_cols = below > 1 ? 0 : row;
     t.step = t.step_rows * t.stride + t.step_cols;
     t.code_step = t.step_rows * t.cols + t.step_cols;
-    t.tile_rows = static_cast<int>(smaller(smaller(t.block_rows, most_rows), below > 1 ? below * kSteps : 1));
-    t.tile_cols = static_cast<int>(smaller(smaller(t.block_cols, most_cols), below > 1 ? row : int64_t{row} * kSteps));
+    t.tile_rows = static_cast<int>(smaller(smaller(t.block_rows, most_rows), below > 1 ? below * steps : 1));
+    t.tile_cols = static_cast<int>(smaller(smaller(t.block_cols, most_cols), below > 1 ? row : int64_t{row} * steps));
     t.across = static_cast<unsigned>(ceil_div(t.block_cols, t.tile_cols));
     t.down = static_cast<unsigned>(ceil_div(t.block_rows, t.tile_rows));
     t.tiles = t.blocks * t.across * t.down;

@@ -1,6 +1,7 @@
 // The CUDA kernels of quantize, run on the host, against quantize() on the CPU: codes, scales, amax, counts, the
 // observer and the transposed codes, to the bit. Shapes stand at the edges of tiles, vectors and blocks.
 #include "quantize/quantize.cu"
+#include "quantize/transpose_codes.cu"
 
 #include <cmath>
 #include <random>
