@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "activation/activation.cuh"
 #include "formats/fp8.h"
 #include "formats/hif8.h"
 #include "formats/inputs.h"
@@ -46,17 +47,6 @@ __device__ __forceinline__ void load_numbers(const void* from, NumberType type, 
             const uint16_t half = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
             to[i] = type == NumberType::bf16 ? float_from_bf16(half) : float_from_fp16(half);
         }
-    }
-}
-
-__device__ __forceinline__ float activate(float y, Activation activation) {
-    constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f;
-    switch (activation) {
-        case Activation::relu: return y < 0.0f ? 0.0f : y;  // NaN stays
-        case Activation::silu: return y / (1.0f + expf(-y));
-        case Activation::gelu: return 0.5f * y * (1.0f + erff(y * kSqrtHalf));
-        case Activation::gelu_tanh: return 0.5f * y * (1.0f + tanhf(kSqrtTwoOverPi * (y + 0.044715f * y * y * y)));
-        default: return y;
     }
 }
 

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "activation/activation.h"
 #include "formats/format.h"
 
 namespace fp8kernels {
 
 // The numbers that kernels/gemm/cuda.py knows them by.
 enum class NumberType : int { fp32 = 0, bf16 = 1, fp16 = 2 };
-enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4 };
 
 struct GemmEpilogue {
     const float* x_scale;  // of row m: x_scale[m * x_scale_step]; null: 1
