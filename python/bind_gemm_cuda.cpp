@@ -1,6 +1,7 @@
 #include "bind.h"
 #include "gemm_sm90/epilogue.h"
 #include "gemm_sm90/gemm.h"
+#include "gemm_stream/stream.h"
 
 using namespace fp8kernels;
 
@@ -22,6 +23,17 @@ GemmCudaArguments arguments(const py::dict& d, int processors) {
     const bool blocks = number<bool>(d["blocks"]);
     return {operand(d["x"], number<int64_t>(shape[0]), blocks), operand(d["w"], number<int64_t>(shape[1]), blocks),
             number<int64_t>(shape[2]), number<bool>(d["precise"]), processors};
+}
+
+StreamOperand stream_operand(const py::tuple& t) {
+    return {pointer<const uint8_t>(number<uintptr_t>(t[0])), number<int64_t>(t[1]),
+            static_cast<FormatId>(number<int>(t[2]))};
+}
+
+StreamGemm stream_arguments(const py::dict& d, int processors) {
+    const py::tuple shape = d["shape"];
+    return {stream_operand(d["x"]),    stream_operand(d["w"]),    number<int64_t>(shape[0]),
+            number<int64_t>(shape[1]), number<int64_t>(shape[2]), processors};
 }
 
 GemmEpilogue epilogue(const py::dict& d) {
@@ -70,6 +82,17 @@ void bind_gemm_cuda(py::module_& m) {
         [](const py::dict& d, int processors, uintptr_t workspace, uintptr_t stream) {
             const GemmCudaArguments a = arguments(d, processors);
             return gemm_cuda(a, plan_gemm(a), epilogue(d), pointer<void>(workspace), pointer<void>(stream));
+        },
+        py::arg("arguments"), py::arg("processors"), py::arg("workspace"), py::arg("stream"));
+    m.def(
+        "gemm_stream_workspace",
+        [](const py::dict& d, int processors) { return plan_stream(stream_arguments(d, processors)).workspace(); },
+        py::arg("arguments"), py::arg("processors"));
+    m.def(
+        "gemm_stream",
+        [](const py::dict& d, int processors, uintptr_t workspace, uintptr_t stream) {
+            return gemm_stream_cuda(stream_arguments(d, processors), epilogue(d), pointer<void>(workspace),
+                                    pointer<void>(stream));
         },
         py::arg("arguments"), py::arg("processors"), py::arg("workspace"), py::arg("stream"));
 }

@@ -21,6 +21,7 @@ from ..kernels.gemm import cpu as gemm_cpu
 from ..kernels.gemm import cuda as gemm_cuda
 from ..kernels.gemm import decoded as gemm_decoded
 from ..kernels.gemm import reference as gemm_reference
+from ..kernels.gemm import stream as gemm_stream
 from ..kernels.gemm import triton_jit as gemm_triton
 from ..kernels.gemm import vendor as gemm_vendor
 from ..kernels.norm_backward import reference as norm_backward_reference
@@ -55,6 +56,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "gemm": (
         Kernel("cuda", gemm_cuda.why_not, gemm_cuda.gemm),
         Kernel("vendor", gemm_vendor.why_not, gemm_vendor.gemm),
+        Kernel("stream", gemm_stream.why_not, gemm_stream.gemm),
         Kernel("triton", gemm_triton.why_not, gemm_triton.gemm),
         Kernel("decoded", gemm_decoded.why_not, gemm_decoded.gemm),
         Kernel("cpu", gemm_cpu.why_not, gemm_cpu.gemm),

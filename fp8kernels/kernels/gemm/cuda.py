@@ -81,11 +81,29 @@ def gemm(
     x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
 ) -> Tensor | Quantized:
     """activation(x[M, K] @ w[N, K].T + bias) + residual, or codes of it; see reference.py for every argument."""
+    blocks = scales(x, w) == "blocks"
+    x, w = x._replace(codes=readable(x.codes)), w._replace(codes=readable(w.codes))
+    return launched("gemm", x, w, bias, out_dtype, epilogue, blocks=blocks)
+
+
+def launched(
+    entry: str,
+    x: Operand,
+    w: Operand,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    epilogue: Epilogue,
+    *,
+    blocks: bool = False,
+) -> Tensor | Quantized:
+    """What a compiled gemm makes of operands that it can read, K-major ones.
+
+    entry   "gemm" or "gemm_stream": the name in fp8kernels._cuda
+    raises  RuntimeError if the kernel did not start
+    """
     (m, k), n = x.codes.shape, w.codes.shape[0]
     device = x.codes.device
-    x_codes, w_codes = readable(x.codes), readable(w.codes)
     x_scale, w_scale = x.scale.detach().contiguous(), w.scale.detach().contiguous()
-    blocks = scales(x, w) == "blocks"
     bias = None if bias is None else bias.detach().contiguous()
     residual = None if epilogue.residual is None else epilogue.residual.detach().reshape(m, n)
     if residual is not None and residual.stride(1) != 1:
@@ -95,8 +113,8 @@ def gemm(
     amax, counts = _noted(m * n, device) if rounding is not None else (None, None)
     numbers = NUMBERS | {None: 0}
     arguments: dict[str, Any] = {
-        "x": (x_codes.data_ptr(), x_codes.stride(0), x.fmt.code_id, x_scale.data_ptr(), x_scale.shape[0] > 1),
-        "w": (w_codes.data_ptr(), w_codes.stride(0), w.fmt.code_id, w_scale.data_ptr(), w_scale.shape[0] > 1),
+        "x": (x.codes.data_ptr(), x.codes.stride(0), x.fmt.code_id, x_scale.data_ptr(), x_scale.shape[0] > 1),
+        "w": (w.codes.data_ptr(), w.codes.stride(0), w.fmt.code_id, w_scale.data_ptr(), w_scale.shape[0] > 1),
         "shape": (m, n, k),
         "blocks": blocks,
         "precise": not fast_accumulation(),
@@ -123,10 +141,10 @@ def gemm(
     }
     with torch.cuda.device(device):
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        bytes_needed = _cuda.gemm_workspace(arguments, processors)
+        bytes_needed = getattr(_cuda, f"{entry}_workspace")(arguments, processors)
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device) if bytes_needed else None
         stream = torch.cuda.current_stream().cuda_stream
-        error = _cuda.gemm(arguments, processors, _address(workspace), stream)
+        error = getattr(_cuda, entry)(arguments, processors, _address(workspace), stream)
     if error < 0:
         raise RuntimeError("gemm did not start: the driver made no tensor map for the operands")
     if error:
