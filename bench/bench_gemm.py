@@ -56,12 +56,13 @@ def versus_scaled_mm(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Cas
 
 
 def versus_vendor(fmt: str, shape: Shape = FULL, backend: str = "table") -> Case:
-    """Against the faster of cuBLASLt's tensorwise and rowwise E4M3 products through torch, padding included."""
+    """Against the fastest of torch's tensorwise and rowwise E4M3 products (cuBLASLt, CUTLASS), padding included."""
     pairs = operands(fmt, shape, backend)
     theirs = pairs if fmt == "e4m3" else operands("e4m3", shape, backend)
     candidates = {
-        "tensorwise": [vendor.tensorwise(each.x, each.w) for each in theirs],
-        "rowwise": [vendor.rowwise(each.x, each.w) for each in theirs],
+        f"{name}{', fast accumulation' if fast else ''}": [make(each.x, each.w, fast=fast) for each in theirs]
+        for name, make in (("tensorwise", vendor.tensorwise), ("rowwise", vendor.rowwise))
+        for fast in (False, True)
     }
     name, works = vendor.faster(candidates, device_of(backend))
     return _case(fmt, pairs, backend, "best of torch._scaled_mm tensorwise and rowwise", works, extra={"best": name})

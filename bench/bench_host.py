@@ -54,11 +54,15 @@ def launch_gaps(recipe: str = "e4m3-delayed", shape: Shape = FULL, backend: str 
 
         return torch.no_grad()(run)
 
+    def check() -> None:
+        assert isinstance(ours, fp8kernels.nn.Linear), "nothing was converted"
+        assert ours(x).isfinite().all()
+
     with noted() as kernels:
         chain(ours)()
     return Case(
         "host", f"launch gaps in a graph, {recipe}", fp8kernels.get_recipe(recipe).weight.fmt, backend, text(shape),
-        "torch nn.Linear bf16", chain(ours), chain(plain), lambda: None, tuple(sorted(kernels)),
+        "torch nn.Linear bf16", chain(ours), chain(plain), check, tuple(sorted(kernels)),
         unit=MICROSECONDS, device="cuda", clock=gap_clock,
     )  # fmt: skip
 

@@ -131,7 +131,8 @@ class Run:
     ) -> None:
         """`prepare` is what becomes of the model last: compilation, for example."""
         torch.manual_seed(9)
-        self.model = llama(size.llama, **dict(getattr(size, "config", ()))).to(device)
+        with torch.device(device):
+            self.model = llama(size.llama, **dict(getattr(size, "config", ())))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if recipe is not None:
             fp8kernels.convert(self.model, recipe, verbose=False)

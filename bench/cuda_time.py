@@ -138,7 +138,7 @@ class Sensors:
     """What nvidia-smi reads while something is timed: clocks in MHz, power in W, temperature in °C. Changes nothing."""
 
     FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    PERIOD = 200  # milliseconds
+    PERIOD = 100  # milliseconds
 
     def __init__(self) -> None:
         self.readings: list[tuple[float, ...]] = []

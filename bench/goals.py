@@ -163,7 +163,7 @@ def can_measure(goal: Survey) -> bool:
 
 def jobs_of(chosen: Sequence[Goal | Survey]) -> list[Job]:
     """The measurements of goals, each once, though several goals may judge it."""
-    return [job for goal in chosen if can_measure(goal) and not getattr(goal, "rows", "") for job in goal.jobs()]
+    return [job for goal in chosen if not getattr(goal, "rows", "") for job in goal.jobs()]
 
 
 def table(chosen: Sequence[Goal], rows: Sequence[ledger.Row]) -> tuple[Table, bool]:
@@ -209,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = True
     if given.run:
         torch.set_num_threads(THREADS)
-        passed = measure_all(jobs_of(chosen), out.print, seconds=given.seconds, keep=not given.dry)
+        passed = measure_all(
+            jobs_of(list(filter(can_measure, chosen))), out.print, seconds=given.seconds, keep=not given.dry
+        )
         if given.dry:
             return 0 if passed else 1
     printed, reached = table([goal for goal in chosen if isinstance(goal, Goal)], ledger.rows())

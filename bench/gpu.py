@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +29,12 @@ STEPS = ("build", "test", "sanitize")
 SECONDS = 520.0
 LEAST_FOR_BENCHES = 0.4  # of the budget, which tests and compute-sanitizer leave to them
 SANITIZER_SECONDS = 70.0  # of each tool
+REFUSES = "Device not supported"  # what it says where the GPU's virtualisation hides what it needs
+TAIL = 40  # lines of its log that are shown
 ERROR_FOUND = 9  # exit code of compute-sanitizer
 TABLE_SECONDS = 15.0  # for the table of goals, last
 MOST_FAULTS = 12
+MARKER = re.compile(r"mark\.gpu\b|gpu\.lines")  # files whose tests need a GPU
 ONLY_THERE = {(9, 0): "90a", (10, 0): "100a"}  # capabilities whose newest instructions want the "a"
 XDIST = 8  # processes of pytest: Triton's compilation takes most of their time
 
@@ -46,17 +51,23 @@ class Session:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def run(self, name: str, command: Sequence[str], limit: float) -> int:
-        """Run a step for at most `limit` seconds, its output passed on; its exit code, or 124 when it was ended."""
+    def run(self, name: str, command: Sequence[str], limit: float, log: Path | None = None) -> int:
+        """Run a step for at most `limit` seconds; its exit code, or 124 when it was ended.
+
+        log   where its output goes; by itself it is passed on
+        """
         begun = time.monotonic()
         print(f"\n== {name} (at most {limit:.0f} s of {self.left:.0f}): {' '.join(command)}", flush=True)
-        process = subprocess.Popen(command, cwd=TARGET, env=environment(), start_new_session=True)
-        try:
-            code = process.wait(max(1.0, limit))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own group: the step and what it started
-            process.wait()
-            code = 124
+        with open(log, "w", encoding="utf-8") if log else nullcontext() as file:
+            process = subprocess.Popen(
+                command, cwd=TARGET, env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                code = process.wait(max(1.0, limit))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # its own group: the step and what it started
+                process.wait()
+                code = 124
         word = {0: "passed", 124: "ended at its limit"}.get(code, f"FAILED with exit code {code}")
         self.results.append((name, word, time.monotonic() - begun))
         return code
@@ -94,10 +105,13 @@ def build_command(arch: str) -> list[str]:
 
 
 def test_command() -> list[str]:
-    """The tests that need a GPU, and those of the same files that do not."""
+    """The tests with the marker `gpu`; other files may import packages that are not here."""
+    files = [
+        path for path in sorted((ROOT / "tests").rglob("test_*.py")) if MARKER.search(path.read_text(encoding="utf-8"))
+    ]
     command = [
         sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
-        "-o", "pythonpath=tests", "-p", "no:cacheprovider", "-q", "-m", "gpu", str(ROOT / "tests"),
+        "-o", "pythonpath=tests", "-p", "no:cacheprovider", "-v", "-m", "gpu", *map(str, files),
     ]  # fmt: skip
     return [*command, "-n", str(XDIST)] if _is_there("xdist") else command
 
@@ -127,7 +141,13 @@ def sanitize(session: Session) -> None:
         if limit < 10:
             session.results.append((f"sanitize {tool}", "passed over: no time left for it", 0.0))
             continue
-        session.run(f"sanitize {tool}", sanitizer_command(tool), limit)
+        log = TARGET / f"{tool}.log"
+        code = session.run(f"sanitize {tool}", sanitizer_command(tool), limit, log)
+        said = log.read_text(encoding="utf-8", errors="replace")
+        print("\n".join(said.splitlines()[-TAIL:]))
+        if code and REFUSES in said:
+            name, _, seconds = session.results.pop()
+            session.results.append((name, "passed over: it refuses this device", seconds))
 
 
 def benches(session: Session, names: Sequence[str]) -> None:

@@ -122,24 +122,24 @@ def measure(job: Job, seconds: float | None = None, sensors: Sensors | None = No
     placements = 1 if on_gpu else PLACEMENTS
     ours: list[float] = []
     baseline: list[float] = []
-    before = len(sensors.readings) if sensors else 0
     for _ in range(placements):
-        case, samples = place(job, seconds / placements)
+        case, samples, read = place(job, seconds / placements, sensors)
         ours, baseline = ours + samples.ours, baseline + samples.baseline
         gc.collect()
-    read = sensors.since(before) if sensors else None
     return ledger.row(case, summary(ours, baseline), job.goal, samples.how, read)
 
 
-def place(job: Job, seconds: float) -> tuple[Case, Samples]:
-    """One placement: the case without its buffers, and the samples of both sides."""
+def place(job: Job, seconds: float, sensors: Sensors | None) -> tuple[Case, Samples, dict[str, float] | None]:
+    """One placement: the case without its buffers, the samples of both sides, and what the sensors read meanwhile."""
     reuse_freed_memory(on=False)
     case = job.case()
     reuse_freed_memory(on=case.reuse)
     with forced(case.backend):
         case.check()
+        begun = len(sensors.readings) if sensors else 0
         samples = case.samples(seconds)
-    return dataclasses.replace(case, ours=idle, baseline=idle, check=idle), samples
+        read = sensors.since(begun) if sensors else None
+    return dataclasses.replace(case, ours=idle, baseline=idle, check=idle), samples, read
 
 
 def idle() -> None:

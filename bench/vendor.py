@@ -19,16 +19,16 @@ MULTIPLE = 16  # of N and K that torch._scaled_mm takes
 SCALES_MULTIPLE = 4  # of the scales along K that cuBLASLt takes for 128x128 blocks
 
 
-def tensorwise(x: Operand, w: Operand) -> Work:
-    """x @ w.T with one scale each."""
-    return _padded(x, w, x.scale.reshape(()), w.scale.reshape(()))
+def tensorwise(x: Operand, w: Operand, *, fast: bool = False) -> Work:
+    """x @ w.T with one scale each; `fast` leaves all of a sum in the tensor core's short accumulator."""
+    return _padded(x, w, x.scale.reshape(()), w.scale.reshape(()), fast)
 
 
-def rowwise(x: Operand, w: Operand) -> Work:
+def rowwise(x: Operand, w: Operand, *, fast: bool = False) -> Work:
     """x @ w.T with a scale for each row of x and of w; a tensor with one scale has it in every row."""
     scale_x = x.scale.expand(x.codes.shape[0], 1).contiguous()  # [M, 1]
     scale_w = w.scale.expand(_up(w.codes.shape[0]), 1).contiguous().t()  # [1, N]
-    return _padded(x, w, scale_x, scale_w)
+    return _padded(x, w, scale_x, scale_w, fast)
 
 
 def blockwise(x: Operand, w: Operand) -> Work:
@@ -79,19 +79,19 @@ def _attempt(work: Work, device: str) -> float | str:
         return str(error).splitlines()[0]
 
 
-def _padded(x: Operand, w: Operand, scale_x: Tensor, scale_w: Tensor) -> Work:
+def _padded(x: Operand, w: Operand, scale_x: Tensor, scale_w: Tensor, fast: bool) -> Work:  # noqa: FBT001
     """w is padded once, as a layer's weights would be; x in every call, and the result cut to size."""
     n, k = w.codes.shape
     weights = _pad(_typed(w), _up(n), _up(k)).t()  # [K, N]
-    product: Callable[[Tensor], Tensor] = partial(_scaled_mm, weights, scale_x, scale_w)
+    product: Callable[[Tensor], Tensor] = partial(_scaled_mm, weights, scale_x, scale_w, fast)
     if (n, k) == (_up(n), _up(k)):
         return partial(product, _typed(x))
     codes = _typed(x)
     return lambda: product(_pad(codes, codes.shape[0], _up(k)))[:, :n]
 
 
-def _scaled_mm(weights: Tensor, scale_x: Tensor, scale_w: Tensor, x: Tensor) -> Tensor:
-    return torch._scaled_mm(x, weights, scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16)
+def _scaled_mm(weights: Tensor, scale_x: Tensor, scale_w: Tensor, fast: bool, x: Tensor) -> Tensor:  # noqa: FBT001
+    return torch._scaled_mm(x, weights, scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def _typed(operand: Operand) -> Tensor:

@@ -47,10 +47,12 @@ class Line(NamedTuple):
         return run(*to(args, CPU), **to(kwargs, CPU))
 
 
-def lines(verb: str) -> list[Any]:
+def lines(verb: str, *, but: tuple[str, ...] = ()) -> list[Any]:
     """The verb's lines; on a CPU the reference stands aside, as it would be compared with itself."""
     found = []
     for kernel in TABLE[verb]:
+        if kernel.name in but:
+            continue
         on_cpu = kernel.name == "cpu" or (kernel.name == "triton" and INTERPRETED)
         if on_cpu:
             found.append(pytest.param(Line(verb, kernel, CPU), id=kernel.name))
