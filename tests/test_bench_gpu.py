@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +119,7 @@ def test_the_fastest_baseline_is_taken_and_refusals_are_told(fake: Device) -> No
 
     works = {"slow": [fake.work("slow", 2e-3)], "fast": [fake.work("fast", 1e-3)], "none": [refuses]}
     assert vendor.faster(works, "cuda")[0] == "fast"
-    with pytest.raises(ValueError, match="none: needs sm_89$"):
+    with pytest.raises(ValueError, match=r"none: needs sm_89$"):
         vendor.faster({"none": [refuses]}, "cuda")
 
 
@@ -204,7 +205,7 @@ def test_what_has_a_row_of_present_sources_is_passed_over() -> None:
 
 def test_training_comes_last() -> None:
     names = [job.goal for job in pay.goal_jobs([])]
-    assert {name for name in names[-3:]} == {"gpu-train-e4m3", "gpu-train-hif8", "gpu-train-torchao"}
+    assert set(names[-3:]) == {"gpu-train-e4m3", "gpu-train-hif8", "gpu-train-torchao"}
     assert "gpu-gemm-llm-worst" not in names
     assert {goal.name for goal in goals.goals() if goal.device == "cuda" and not goal.rows} <= set(names)
 
@@ -298,6 +299,12 @@ def test_ternary_operands_are_exact_in_short_sums() -> None:
 
 
 def test_the_driver_is_asked_only_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.subprocess, "run", lambda command, **rest: pytest.fail(f"not a query: {command}")
-                        if "--query-gpu" not in command[1] else type("said", (), {"stdout": "580.1, 1980 MHz\n"})())  # fmt: skip
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **rest: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="580.1, 1980 MHz\n")
+
+    monkeypatch.setattr(device.subprocess, "run", answer)
     assert device.queried(("driver_version", "clocks.max.sm")) == ["580.1", "1980 MHz"]
+    assert all(word.startswith(("nvidia-smi", "--query-gpu=", "--format=", "-i", "0")) for word in commands[0])
