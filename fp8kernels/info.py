@@ -16,8 +16,9 @@ from . import __version__
 from .formats import FORMATS
 from .kernels.commit import ScaleRule
 from .kernels.compiled import load
+from .kernels.norm_quantize import Norm
 from .ops import quantize
-from .ops.explain import explain
+from .ops.explain import PRODUCERS, explain
 from .ops.table import BACKEND_VARIABLE, TABLE
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "safetensors", "transformer-engine", "torchao", "ml_dtypes")
@@ -104,6 +105,10 @@ def _backends() -> dict[tuple[str, str], str | None]:
         "quantize": (x, "e4m3"),
         "dequantize": (q,),
         "gemm": (q, q),
+        "norm_quantize": PRODUCERS["rms_norm_quantize"](x, None, 1e-6, "e4m3")[1],
+        "norm_backward": (x, x, x[:, 0], None, Norm(None, None, 1e-6, center=False)),
+        "act_quantize": PRODUCERS["swiglu_quantize"](x, x, "e4m3")[1],
+        "act_backward": (x, x, x, "silu"),
         "copy": (x,),
         "commit": ([], ScaleRule()),
     }
