@@ -7,6 +7,9 @@
 
 #include "bind.h"
 
+void bind_quantize_cuda(py::module_& m);
+void bind_dequantize_cuda(py::module_& m);
+void bind_commit_cuda(py::module_& m);
 void bind_copy_cuda(py::module_& m);
 void bind_gemm_cuda(py::module_& m);
 
@@ -35,12 +38,15 @@ std::vector<std::string> architectures() {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
+PYBIND11_MODULE(FP8KERNELS_CUDA_MODULE, m) {
     m.doc() = "The compiled CUDA kernels. Tensors are addresses; only fp8kernels.kernels calls this.";
     m.def("device_count", &device_count);
     m.def("driver_error", &driver_error);
     m.def("architectures", &architectures);
     m.def("error_string", [](int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); });
     bind_copy_cuda(m);
+    bind_commit_cuda(m);
+    bind_dequantize_cuda(m);
+    bind_quantize_cuda(m);
     bind_gemm_cuda(m);
 }

@@ -29,6 +29,10 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaGetDeviceCount(int* count) {
+    *count = 0;
+    return cudaSuccess;
+}
 inline const char* cudaGetErrorString(int) { return "no error"; }
 inline int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     std::memset(to, value, bytes);

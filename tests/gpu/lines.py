@@ -1,7 +1,8 @@
 """The lines of ops/table.py as test parameters, and inputs for them.
 
 Every line runs where its tensors can be: the compiled CPU kernels here, the others on a GPU (marker `gpu`), Triton also
-in its interpreter. The tests are the same functions for all, so a machine without a GPU runs the code of the tests.
+in its interpreter (TRITON_INTERPRET=1), CUDA also on the host (FP8KERNELS_EMULATE=1). The tests are the same functions
+for all, so a machine without a GPU runs the code of the tests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fp8kernels.formats import FORMATS, HIF8, Format
+from fp8kernels.kernels.compiled import EMULATED
 from fp8kernels.kernels.gemm import Operand
 from fp8kernels.kernels.quantize import Rounding, carrier
 from fp8kernels.kernels.triton_jit import INTERPRETED
@@ -53,7 +55,8 @@ def lines(verb: str, *, but: tuple[str, ...] = ()) -> list[Any]:
     for kernel in TABLE[verb]:
         if kernel.name in but:
             continue
-        on_cpu = kernel.name == "cpu" or (kernel.name == "triton" and INTERPRETED)
+        here = {"cpu": True, "triton": INTERPRETED, "cuda": EMULATED, "stream": EMULATED}
+        on_cpu = here.get(kernel.name, False)
         if on_cpu:
             found.append(pytest.param(Line(verb, kernel, CPU), id=kernel.name))
         if kernel.name != "cpu":

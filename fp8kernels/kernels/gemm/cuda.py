@@ -38,7 +38,7 @@ def why_not(
     reason = cuda.why_not(tensors | {"residual": epilogue.residual, "out's scale": epilogue.scale}, at_least=CAPABILITY)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(x.codes.device) != CAPABILITY:
+    if not cuda.is_exactly(x.codes.device, CAPABILITY):
         return "the GPU is newer than sm_90, whose instructions (wgmma) this kernel is written in"
     return unfit(x, w, bias, out_dtype, epilogue)
 
@@ -139,16 +139,14 @@ def launched(
             )
         ),
     }
-    with torch.cuda.device(device):
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        bytes_needed = getattr(_cuda, f"{entry}_workspace")(arguments, processors)
+    with cuda.on(device):
+        processors = cuda.processors(device)
+        bytes_needed = _cuda.gemm_workspace(arguments, processors)
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device) if bytes_needed else None
-        stream = torch.cuda.current_stream().cuda_stream
-        error = getattr(_cuda, entry)(arguments, processors, _address(workspace), stream)
+        error = _cuda.gemm(arguments, processors, _address(workspace), cuda.stream(device))
     if error < 0:
         raise RuntimeError("gemm did not start: the driver made no tensor map for the operands")
-    if error:
-        raise RuntimeError(f"gemm did not start: {_cuda.error_string(error)}")
+    cuda.check(error, "gemm")
     return out if rounding is None else _quantized(out, epilogue, amax, counts)
 
 
