@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -241,6 +243,12 @@ def test_a_compiled_function_may_ask_whether_it_pays() -> None:
     carrier._capability.cache_clear()
     assert out.tolist() == [2.0, 2.0]
     assert asked == [1]
+
+
+def test_importing_the_package_does_not_load_the_compiler() -> None:
+    """Telling torch.compile so is a mark on the function: its own call would load all of it, for seconds."""
+    code = "import sys, fp8kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---- transposed codes -----------------------------------------------------------------------------------------------

@@ -83,10 +83,13 @@ def pays(device: torch.device) -> bool:
     return device.type == "cuda" and _has_fp8_cores(device.index)
 
 
-@torch.compiler.assume_constant_result
 def _has_fp8_cores(device: int | None) -> bool:
     """sm_89 and newer; of AMD's those that take the OCP formats, from gfx950 on."""
     return _capability(device) >= ((9, 5) if torch.version.hip else (8, 9))
+
+
+# What torch.compiler.assume_constant_result does; calling that would load all of torch.compile with this package
+_has_fp8_cores._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
