@@ -233,6 +233,7 @@ def test_a_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("FP8KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"no kernel can run copy[\s\S]*cuda: "):
         fp8kernels.copy(x)
+    monkeypatch.setenv("FP8KERNELS_BACKEND", "abacus")
     with pytest.raises(RuntimeError, match="quantize has no backend of that name"):
         quantize(x, "hif8")
 
