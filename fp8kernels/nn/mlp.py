@@ -20,11 +20,11 @@ class FusedMLP(Producer):
     fc1: nn.Module
     fc2: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fp8_fused(self, x: Tensor) -> Tensor:
         drop1, drop2 = self._modules.get("drop1"), self._modules.get("drop2")
         drops = isinstance(drop1, nn.Dropout) and drop1.training and drop1.p > 0
-        if drops or not pays(x.device) or not self.fp8_codes_now(x):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+        if drops or not pays(x.device):
+            return self.fp8_plain(x)
         out: Tensor = self.fc2(activated(self.fc1(x), None, self.fp8_activation, self.fp8_readers))
         return out if drop2 is None else drop2(out)
 
@@ -37,9 +37,9 @@ class FusedGatedMLP(Producer):
     up_proj: nn.Module
     down_proj: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not pays(x.device) or not self.fp8_codes_now(x):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+    def fp8_fused(self, x: Tensor) -> Tensor:
+        if not pays(x.device):
+            return self.fp8_plain(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         out: Tensor = self.down_proj(activated(gate, up, self.fp8_activation, self.fp8_readers))
         return out

@@ -25,11 +25,9 @@ class FusedNorm(Producer):
     bias: Tensor | None
     variance_epsilon: float  # of transformers' RMSNorm
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.fp8_codes_now(x):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+    def fp8_fused(self, x: Tensor) -> Tensor:
         if not pays(x.device):
-            return self.fp8_code(super().forward(x))  # type: ignore[misc]
+            return self.fp8_code(self.fp8_plain(x))
         norm, dtype = self.fp8_norm(x)
         out: Tensor = _Norm.apply(
             x, norm.weight, norm.bias, norm[2:], dtype, ask(self.fp8_readers, x), self.fp8_readers
@@ -41,7 +39,7 @@ class FusedNorm(Producer):
         if isinstance(self, nn.LayerNorm):
             return Norm(self.weight, self.bias, self.eps, center=True), x.dtype
         if isinstance(self, nn.RMSNorm):
-            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps  # torch's default for 16 bits too
             return Norm(self.weight, None, eps, center=False), x.dtype
         assert self.weight is not None  # transformers' RMSNorm: the rows in x's dtype times a weight of its own
         dtype = torch.promote_types(x.dtype, self.weight.dtype)

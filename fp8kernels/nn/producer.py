@@ -50,6 +50,21 @@ class Producer(nn.Module):
             self.__dict__.pop(name, None)
         self.__class__ = self.fp8_original  # type: ignore[assignment]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before, or the same with codes."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.fp8_codes_now(args[0]):
+            return self.fp8_fused(args[0])
+        return super().forward(*args, **kwargs)
+
+    def fp8_plain(self, x: Tensor) -> Tensor:
+        """What the module did before."""
+        out: Tensor = super().forward(x)
+        return out
+
+    def fp8_fused(self, x: Tensor) -> Tensor:
+        """The same with codes."""
+        raise NotImplementedError
+
     def fp8_codes_now(self, x: Tensor) -> bool:
         """Whether this call may give codes.
 
@@ -70,8 +85,7 @@ class Producer(nn.Module):
             place.parent._modules.get(place.name) is reader
             and reader.fp8_warm
             and reader.training == first.training
-            and not reader._forward_pre_hooks
-            and not reader._forward_hooks
+            and not watched(reader)
             for place, reader in zip(self.fp8_places, self.fp8_readers, strict=True)
         )
 
@@ -90,6 +104,13 @@ class Producer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: copies and pickles name what it is made of."""
         return empty, (type(self).__mro__[1], self.fp8_original), self.__dict__
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a hook wants to see what goes through a module."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def fused_class(mixin: type[Producer], original: type[nn.Module]) -> type[Producer]:

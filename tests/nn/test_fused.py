@@ -11,6 +11,7 @@ from intervals import act_gradients, norm_gradients, rounded
 from nn.blocks import Block, Heads
 from tolerance import bounded
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fp8kernels
@@ -140,6 +141,22 @@ def test_the_norms_backward(kind: type[nn.Module], dtype: torch.dtype) -> None:
     for got, want, error in zip(gradients, values, errors, strict=False):
         assert got.dtype == dtype
         bounded(got, want, rounded(want, error, dtype))
+
+
+@pytest.mark.usefixtures("one_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_a_norm_without_eps_takes_torchs(dtype: torch.dtype) -> None:
+    """On rows as small as the root of eps the choice of eps decides the result."""
+    net = model(Heads, "e4m3-row").to(dtype)
+    x = torch.full((1, DIM), 2.0**-11, dtype=dtype)
+    y = net.norm(x)
+    assert isinstance(y, CodedTensor)
+    torch.testing.assert_close(y.decode(), F.rms_norm(x, (DIM,)), rtol=2.0**-8, atol=0)  # of a row alike: amax itself
+
+
+def test_a_norm_called_by_keyword_gives_what_it_gave() -> None:
+    net, x = model(Heads), batch(0)
+    assert torch.equal(net.norm(x=x), F.rms_norm(x, (DIM,), net.norm.weight))
 
 
 @pytest.mark.usefixtures("one_kernel")
@@ -274,6 +291,9 @@ def test_what_runs_plainly() -> None:
     handle = net.v.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     assert handed(net, batch(0)) == []
     assert type(seen[0]) is Tensor
+    handle.remove()
+    handle = net.k.register_full_backward_hook(lambda *_: None)
+    assert handed(net, batch(0)) == []
     handle.remove()
     assert handed(net, batch(0)) == ["q", "k", "v"]
     net.v = nn.Linear(DIM, DIM, bias=False)
