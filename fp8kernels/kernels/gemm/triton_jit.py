@@ -47,6 +47,7 @@ ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and of rows
 LONGEST = 2**31 - 2**16  # elements of M, N or K: counted in 32 bits with a tile's overhang (offsets have 64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_FROM = (8, 9)  # compute capability whose tensor cores take E4M3 and E5M2
+AMD_NATIVE = ("gfx950",)  # older ones have 8-bit floats of other values
 DESCRIPTORS_FROM = (9, 0)
 AUTOTUNE = "FP8KERNELS_AUTOTUNE"  # =1: times the tiles below on the first product of a shape and keeps the fastest
 PARTS_TILE = (16, 256)  # rows and columns of out that a program adds the parts of K of
@@ -108,30 +109,33 @@ class Plan(NamedTuple):
 
 def plan(x: Operand, w: Operand) -> Plan:
     """How to multiply these operands on their device."""
-    capability, processors = machine(x.codes.device)
+    here = machine(x.codes.device)
     (m, k), n = x.codes.shape, w.codes.shape[0]
-    native = is_native(m, x, w, capability)
-    chosen = tile(m, n, k, capability, native=native, blocked=is_blocked(x, w), processors=processors)
-    has_descriptors = capability is not None and capability >= DESCRIPTORS_FROM
+    native = here.takes_codes and m > FEW_ROWS and HIF8 not in (x.fmt, w.fmt)  # few rows wait for memory, not for sums
+    chosen = tile(m, n, k, here.capability, native=native, blocked=is_blocked(x, w), processors=here.processors)
+    has_descriptors = here.capability is not None and here.capability >= DESCRIPTORS_FROM
     return Plan(chosen, native, (has_descriptors and is_aligned(x.codes), has_descriptors and is_aligned(w.codes)))
 
 
+class Machine(NamedTuple):
+    """Compute capability, or None for AMD; multiprocessors; whether the tensor cores take E4M3 and E5M2 codes."""
+
+    capability: tuple[int, int] | None
+    processors: int
+    takes_codes: bool
+
+
 @functools.cache
-def machine(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """Compute capability, or None for AMD, and multiprocessors; the interpreter stands for a small sm_90."""
+def machine(device: torch.device) -> Machine:
+    """What a device is. The interpreter stands for a small sm_90; it has no Inf and NaN in 8 bits."""
+    processors = shared.processors(device)
     if device.type == "cpu":
-        return DESCRIPTORS_FROM, shared.processors(device)
-    return None if torch.version.hip else torch.cuda.get_device_capability(device), shared.processors(device)
-
-
-def is_native(m: int, x: Operand, w: Operand, capability: tuple[int, int] | None) -> bool:
-    """Whether the tensor cores multiply the codes themselves.
-
-    Few rows are decoded: they wait for memory, and bf16 has no rows of 64 to fill. The interpreter has no Inf and NaN
-    in 8 bits.
-    """
-    takes = capability is None or capability >= NATIVE_FROM
-    return takes and m > FEW_ROWS and HIF8 not in (x.fmt, w.fmt) and not shared.INTERPRETED
+        return Machine(DESCRIPTORS_FROM, processors, takes_codes=False)
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return Machine(None, processors, takes_codes=name.split(":")[0] in AMD_NATIVE)
+    capability = torch.cuda.get_device_capability(device)
+    return Machine(capability, processors, takes_codes=capability >= NATIVE_FROM)
 
 
 def is_blocked(x: Operand, w: Operand) -> bool:
@@ -140,8 +144,9 @@ def is_blocked(x: Operand, w: Operand) -> bool:
 
 
 def is_aligned(codes: Tensor) -> bool:
-    """Whether a tensor descriptor can describe codes [rows, K]: K innermost, rows at multiples of 16 bytes."""
-    return codes.stride(1) == 1 and codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+    """Whether a tensor descriptor can describe codes [rows, K]: K innermost, rows apart by multiples of 16 bytes."""
+    row, col = codes.stride()
+    return col == 1 and row >= codes.shape[1] and row % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
 
 
 def empty(m: int, n: int, out_dtype: torch.dtype, epilogue: Epilogue, device: torch.device) -> Any:
