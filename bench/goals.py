@@ -188,12 +188,29 @@ def table(chosen: Sequence[Goal], rows: Sequence[ledger.Row]) -> tuple[Table, bo
     return out, reached
 
 
+def short(chosen: Sequence[Goal], rows: Sequence[ledger.Row]) -> list[str]:
+    """The same in one line a goal, for an output of which only the end may be kept."""
+    lines = []
+    for goal in chosen:
+        standing = goal.standing(rows, device.slug(goal.device) if can_measure(goal) else None)
+        wanted = f"{'≥' if goal.direction == 'at least' else '≤'} {goal.value:g} {goal.unit}"
+        if standing is None:
+            lines.append(f"{goal.name:<28} not measured   {wanted}")
+            continue
+        mark = "ok  " if goal.reached(standing.figure) and standing.complete else "MISS"
+        over = f" ({goal.reduce} of {len(standing.rows)}/{standing.wanted} shapes)" if goal.shapes else ""
+        stale = ", sources changed since" if standing.stale else ""
+        lines.append(f"{goal.name:<28} {mark} {standing.figure:8.3f}  {wanted}{over}{stale}")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.goals", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="goals and surveys whose names start so; all by default")
     parser.add_argument("--run", action="store_true", help="measure and append rows before printing")
+    parser.add_argument("--short", action="store_true", help="one line a goal")
     parser.add_argument("--dry", action="store_true", help="with --run: measure, but append nothing")
     parser.add_argument(
         "--seconds",
@@ -214,8 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if given.dry:
             return 0 if passed else 1
-    printed, reached = table([goal for goal in chosen if isinstance(goal, Goal)], ledger.rows())
-    out.print(printed)
+    judged = [goal for goal in chosen if isinstance(goal, Goal)]
+    printed, reached = table(judged, ledger.rows())
+    if given.short:
+        print("\n".join(short(judged, ledger.rows())))
+    else:
+        out.print(printed)
     return 0 if reached and passed else 1
 
 

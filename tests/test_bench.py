@@ -161,6 +161,15 @@ def test_a_goal_over_shapes_reduces_the_newest_rows_of_each() -> None:
     assert geomean is not None and geomean.figure == pytest.approx(4.0)
 
 
+def test_short_table_has_a_line_a_goal() -> None:
+    chosen = goals.goals()[:2]
+    rows = [row_of(chosen[0], chosen[0].value * 2)]
+    ok, missing = goals.short(chosen, rows)
+    assert " ok " in ok and f"{chosen[0].value * 2:.3f}" in ok
+    assert "not measured" in missing
+    assert "MISS" in goals.short(chosen[:1], [row_of(chosen[0], chosen[0].value / 2)])[0]
+
+
 def test_what_needs_a_gpu_is_named_and_fails_nothing() -> None:
     chosen = [goal for goal in goals.goals() if goal.device == "cuda"]
     printed, reached = goals.table(chosen, [])
