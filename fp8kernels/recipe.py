@@ -15,6 +15,7 @@ from .scaling.rules import Algorithm, get_algorithm
 
 SCALINGS = ("delayed", "current", "static")
 POLICIES = ("warn", "raise", "ignore")
+DELAYED_HEAD_ROOM = 1.5  # times the amax of past steps that a carrier of delayed scaling still holds, at least
 ROUTES = ("auto", "carrier", "exact")
 
 
@@ -176,7 +177,9 @@ class Recipe:
         if role is None or role.route == "exact":
             return None
         target = self.target(index) * 2.0**self.margin  # margin is head-room, which the carrier is to keep
-        return None if carrier.why_not(get_format(role.fmt), target) is not None else carrier.shift(target)
+        if carrier.why_not(get_format(role.fmt), target) is not None:
+            return None
+        return carrier.shift(target, head_room=DELAYED_HEAD_ROOM if role.scaling == "delayed" else 1.0)
 
 
 def matches(pattern: str, name: str) -> bool:

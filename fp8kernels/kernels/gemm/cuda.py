@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import cuda
 from ..compiled import load
 from ..quantize import Quantized
+from ..quantize.carrier import scale_of_codes, usable
 from . import ACTIVATIONS, PLAIN, Epilogue, Operand, fast_accumulation
 
 _cuda, _ = load("_cuda")
@@ -108,7 +109,9 @@ def launched(
     residual = None if epilogue.residual is None else epilogue.residual.detach().reshape(m, n)
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
-    rounding = epilogue.rounding
+    rounding, out_scale = epilogue.rounding, epilogue.scale
+    if rounding is not None and rounding.carrier is not None and out_scale is not None:
+        out_scale = usable(out_scale, rounding.carrier)
     out = torch.empty(m, n, dtype=out_dtype if rounding is None else torch.uint8, device=device)
     amax, counts = _noted(m * n, device) if rounding is not None else (None, None)
     numbers = NUMBERS | {None: 0}
@@ -133,7 +136,7 @@ def launched(
                 rounding.fmt.code_id,
                 rounding.saturate,
                 -1 if rounding.carrier is None else rounding.carrier,
-                _address(epilogue.scale),
+                _address(out_scale),
                 _address(amax),
                 _address(counts),
             )
@@ -178,5 +181,6 @@ def _quantized(codes: Tensor, epilogue: Epilogue, amax: Tensor | None, counts: T
         pending, counters = epilogue.observer
         pending.copy_(torch.where(amax.view(1).isfinite(), pending.maximum(amax.view(1)), pending))
         counters.add_(counts)
-    scale = epilogue.scale if epilogue.rounding.carrier is None else epilogue.scale * 2.0**-epilogue.rounding.carrier
+    k = epilogue.rounding.carrier
+    scale = epilogue.scale if k is None else scale_of_codes(epilogue.scale, k)
     return Quantized(codes, None, scale, amax, counts)

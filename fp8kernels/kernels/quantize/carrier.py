@@ -46,16 +46,17 @@ def why_not(fmt: Format, target: float) -> str | None:
     return None
 
 
-def shift(target: float) -> int:
-    """The largest k with target * 2**k in E4M3's range: 4 for a target of 15, 1 for 224.
+def shift(target: float, head_room: float = 1.0) -> int:
+    """The largest k >= 0 with head_room * target * 2**k in E4M3's range: 4 for a target of 15, 1 for 224.
 
-    target   where amax lands, before margin: head-room that is asked for is to be left above it in E4M3 too
-    raises   ValueError if the target lies beyond E4M3's largest value
+    target     where amax lands, before margin: head-room that is asked for is to be left above it in E4M3 too
+    head_room  how many times the target is to be held: a delayed amax may be exceeded (with 1.5: 4 and 0)
+    raises     ValueError if the target lies beyond E4M3's largest value
     """
     reason = why_not(HIF8, target)
     if reason is not None:
         raise ValueError(f"no carrier: {reason}")
-    return min(math.floor(math.log2(E4M3.max / target)), LARGEST_SHIFT)
+    return max(0, min(math.floor(math.log2(E4M3.max / (target * head_room))), LARGEST_SHIFT))
 
 
 @functools.cache
