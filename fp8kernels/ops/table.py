@@ -7,16 +7,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..kernels.act_backward import reference as act_backward_reference
+from ..kernels.act_backward import triton_jit as act_backward_triton
 from ..kernels.act_quantize import cpu as act_quantize_cpu
 from ..kernels.act_quantize import reference as act_quantize_reference
+from ..kernels.act_quantize import triton_jit as act_quantize_triton
 from ..kernels.commit import cpu as commit_cpu
+from ..kernels.commit import cuda as commit_cuda
 from ..kernels.commit import reference as commit_reference
+from ..kernels.commit import triton_jit as commit_triton
 from ..kernels.copy import cpu as copy_cpu
 from ..kernels.copy import cuda as copy_cuda
 from ..kernels.copy import reference as copy_reference
 from ..kernels.copy import triton_jit as copy_triton
 from ..kernels.dequantize import cpu as dequantize_cpu
+from ..kernels.dequantize import cuda as dequantize_cuda
 from ..kernels.dequantize import reference as dequantize_reference
+from ..kernels.dequantize import triton_jit as dequantize_triton
 from ..kernels.gemm import cpu as gemm_cpu
 from ..kernels.gemm import cuda as gemm_cuda
 from ..kernels.gemm import decoded as gemm_decoded
@@ -25,9 +31,12 @@ from ..kernels.gemm import stream as gemm_stream
 from ..kernels.gemm import triton_jit as gemm_triton
 from ..kernels.gemm import vendor as gemm_vendor
 from ..kernels.norm_backward import reference as norm_backward_reference
+from ..kernels.norm_backward import triton_jit as norm_backward_triton
 from ..kernels.norm_quantize import cpu as norm_quantize_cpu
 from ..kernels.norm_quantize import reference as norm_quantize_reference
+from ..kernels.norm_quantize import triton_jit as norm_quantize_triton
 from ..kernels.quantize import cpu as quantize_cpu
+from ..kernels.quantize import cuda as quantize_cuda
 from ..kernels.quantize import reference as quantize_reference
 from ..kernels.quantize import triton_jit as quantize_triton
 
@@ -45,11 +54,14 @@ class Kernel(NamedTuple):
 # order is preference
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "quantize": (
+        Kernel("cuda", quantize_cuda.why_not, quantize_cuda.quantize),
         Kernel("triton", quantize_triton.why_not, quantize_triton.quantize),
         Kernel("cpu", quantize_cpu.why_not, quantize_cpu.quantize),
         Kernel("reference", quantize_reference.why_not, quantize_reference.quantize),
     ),
     "dequantize": (
+        Kernel("cuda", dequantize_cuda.why_not, dequantize_cuda.dequantize),
+        Kernel("triton", dequantize_triton.why_not, dequantize_triton.dequantize),
         Kernel("cpu", dequantize_cpu.why_not, dequantize_cpu.dequantize),
         Kernel("reference", dequantize_reference.why_not, dequantize_reference.dequantize),
     ),
@@ -63,16 +75,26 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
     ),
     "norm_quantize": (
+        Kernel("triton", norm_quantize_triton.why_not, norm_quantize_triton.norm_quantize),
         Kernel("cpu", norm_quantize_cpu.why_not, norm_quantize_cpu.norm_quantize),
         Kernel("reference", norm_quantize_reference.why_not, norm_quantize_reference.norm_quantize),
     ),
-    "norm_backward": (Kernel("reference", norm_backward_reference.why_not, norm_backward_reference.norm_backward),),
+    "norm_backward": (
+        Kernel("triton", norm_backward_triton.why_not, norm_backward_triton.norm_backward),
+        Kernel("reference", norm_backward_reference.why_not, norm_backward_reference.norm_backward),
+    ),
     "act_quantize": (
+        Kernel("triton", act_quantize_triton.why_not, act_quantize_triton.act_quantize),
         Kernel("cpu", act_quantize_cpu.why_not, act_quantize_cpu.act_quantize),
         Kernel("reference", act_quantize_reference.why_not, act_quantize_reference.act_quantize),
     ),
-    "act_backward": (Kernel("reference", act_backward_reference.why_not, act_backward_reference.act_backward),),
+    "act_backward": (
+        Kernel("triton", act_backward_triton.why_not, act_backward_triton.act_backward),
+        Kernel("reference", act_backward_reference.why_not, act_backward_reference.act_backward),
+    ),
     "commit": (
+        Kernel("cuda", commit_cuda.why_not, commit_cuda.commit),
+        Kernel("triton", commit_triton.why_not, commit_triton.commit),
         Kernel("cpu", commit_cpu.why_not, commit_cpu.commit),
         Kernel("reference", commit_reference.why_not, commit_reference.commit),
     ),
