@@ -25,7 +25,7 @@ from .measure import SECONDS, Samples, reuse_freed_memory, summary
 THREADS = 2  # the goals of the CPU are set for two cores
 PLACEMENTS = 5  # times that the buffers of a CPU's case are made anew, because the pages a buffer gets matter
 CPU_SECONDS = SECONDS  # of one comparison
-GPU_SECONDS = 0.3
+GPU_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
