@@ -33,6 +33,10 @@ def without_cuda_build() -> bool:
     return importlib.util.find_spec("fp8kernels._cuda") is None
 
 
+def without_cpp_tests() -> bool:
+    return importlib.util.find_spec("fp8kernels._cuda_emulated") is None
+
+
 def without_triton() -> bool:
     return importlib.util.find_spec("triton") is None
 
@@ -58,6 +62,7 @@ def not_linux() -> bool:
 EXPECTED = (
     Skip(r"no GPU", without_gpu, "the test launches a CUDA or Triton kernel on a device"),
     Skip(r"built without nvcc", without_cuda_build, "fp8kernels._cuda exists only where nvcc was found at build time"),
+    Skip(r"built without the C\+\+ tests", without_cpp_tests, "with those the CUDA kernels are built for the host"),
     Skip(r"triton is not installed", without_triton, "Triton has wheels for Linux only"),
     Skip(r"CPU has no (avx512|avx2)", below_avx512, "the kernel needs instructions that this CPU lacks"),
     Skip(r"FP8KERNELS_ISA is set", lowered_isa, "the run forces one instruction set for all tests"),

@@ -103,7 +103,13 @@ struct Codes {  // as many as 16 bytes of out have elements
             words[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
         }
     }
-    __device__ __forceinline__ uint32_t at(int i) const { return words[i / 4] >> 8 * (i % 4) & 0xFF; }
+    // Where the value of code i lies in the table, in bytes, but for the bank.
+    __device__ __forceinline__ uint32_t row(int i) const {
+        constexpr int kShift = 7;  // kBanks * sizeof(float) = 2^7
+        const uint32_t word = words[i / 4];
+        const int right = 8 * (i % 4) - kShift;
+        return (right > 0 ? word >> right : word << -right) & 0xFF << kShift;
+    }
 };
 
 template <class Output>
@@ -114,7 +120,10 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_tiles(const Ta
 #pragma unroll 4
     for (unsigned i = 0; i < kBanks; ++i) table[threadIdx.x * kBanks + (i + threadIdx.x) % kBanks] = value;
     __syncthreads();
-    const float* const bank = table + threadIdx.x % kBanks;
+    const uint32_t bank = threadIdx.x % kBanks * sizeof(float);  // bytes
+    const auto value_at = [&](uint32_t offset) {
+        return *reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(table) + offset);
+    };
 
     const Tiling& t = task.tiling;
     const Stand stand(t, kCount);
@@ -125,24 +134,26 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_tiles(const Ta
         auto* const to = static_cast<typename Output::T*>(task.out) + row0 * t.cols + col0;
         Codes<kCount> codes[kSteps];
         unsigned held = 0, aside = 0;
+        const uint8_t* next = from;
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < kSteps; ++i, next += t.step) {
             const int count = stand.left(t, place, i, kCount);
             if (count == kCount && t.whole) {
-                codes[i].load(from + i * t.step);
+                codes[i].load(next);
                 held |= 1u << i;
             } else if (count > 0) {
                 aside |= 1u << i;
             }
         }
+        auto* result = to;
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < kSteps; ++i, result += t.code_step) {
             if (!(held >> i & 1)) continue;
             const float scale = task.scale_at(row0 + i * t.step_rows, col0 + i * t.step_cols);
             float x[kCount];
 #pragma unroll
-            for (int e = 0; e < kCount; ++e) x[e] = __fmul_rn(bank[codes[i].at(e) * kBanks], scale);
-            *reinterpret_cast<uint4*>(to + i * t.code_step) = Output::pack(x);
+            for (int e = 0; e < kCount; ++e) x[e] = __fmul_rn(value_at(codes[i].row(e) | bank), scale);
+            *reinterpret_cast<uint4*>(result) = Output::pack(x);
         }
 #pragma unroll 1
         for (; aside; aside &= aside - 1) {
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_tiles(const Ta
 #pragma unroll 1
             for (int e = 0; e < count; ++e) {
                 const float scale = task.scale_at(row0 + i * t.step_rows, col0 + i * t.step_cols + e);
-                to[i * t.code_step + e] = Output::narrow(__fmul_rn(bank[from[i * t.step + e] * kBanks], scale));
+                to[i * t.code_step + e] = Output::narrow(__fmul_rn(table[from[i * t.step + e] * kBanks], scale));
             }
         }
     }
