@@ -6,6 +6,7 @@ debt, what the next machine with a GPU is to measure.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -23,12 +24,6 @@ HASH_LENGTH = 12
 INCLUDE = re.compile(r'^#include "(\w+)/', re.M)  # folders of csrc
 CPU_SUFFIXES = (".h", ".cpp")
 PYTHON_FILE = {"triton": "triton_jit.py"}  # other backends stand in a file of their own name
-SHARED = {  # Python that the kernels of a backend stand on, beside the formats
-    "cuda": ("compiled.py", "cuda.py"),
-    "stream": ("compiled.py", "cuda.py"),
-    "triton": ("triton_jit.py",),
-}
-IMPORT = re.compile(r"^from \.\.(\w+)(?:\.(\w+))? import (\w+)", re.M)  # a module of another verb
 CUDA_INCLUDE = re.compile(r'^#include "([\w/.]+)"', re.M)
 ON_CPU = ("cpu",)  # backends whose rows any machine can make
 
@@ -110,30 +105,42 @@ def hashes(kernels: Iterable[str]) -> dict[str, str]:
 def sources(verb: str, backend: str) -> list[Path]:
     """The files that make a kernel.
 
-    Its Python, the words of its verb, the formats, what its backend shares, and the kernels of other verbs that it
-    calls; of a compiled one the C++ or CUDA with all that it includes, and the binding.
+    Its Python with all that it imports of fp8kernels.kernels, the words of its verb, the formats; of a compiled one the
+    C++ or CUDA with all that it includes, and the binding.
     """
     package = device.ROOT / "fp8kernels" / "kernels"
-    own = package / verb / PYTHON_FILE.get(backend, f"{backend}.py")
-    found = [own, package / verb / "__init__.py", *(device.ROOT / "fp8kernels" / "formats").glob("*.py")]
-    found += [package / name for name in SHARED.get(backend, ())]
-    for other, path in _imported(own, package):
-        found += sources(other, backend) if path.name == own.name else [path]
-    if backend == "cpu":
-        found += [device.ROOT / "python" / f"bind_{verb}.cpp", *_cpp(verb)]
+    file = PYTHON_FILE.get(backend, f"{backend}.py")
+    python = _python(package / verb / file, package)
+    found = [*python, package / verb / "__init__.py", *(device.ROOT / "fp8kernels" / "formats").glob("*.py")]
+    if backend == "cpu":  # composed ones call the compiled code of other verbs
+        verbs = {path.parent.name for path in python if path.name == file} | {verb}
+        for each in sorted(verbs):
+            found += [device.ROOT / "python" / f"bind_{each}.cpp", *_cpp(each)]
     elif backend in ("cuda", "stream"):
         found += _cuda(verb, backend)
     return sorted({path for path in found if path.is_file()})
 
 
-def _imported(path: Path, package: Path) -> list[tuple[str, Path]]:
-    """(verb, file) of the modules of other verbs that a kernel's file imports: `from ..quantize import cpu`."""
-    if not path.is_file():
-        return []
-    found = IMPORT.findall(path.read_text(encoding="utf-8"))
-    return [
-        (verb, package / verb / f"{module or name}.py") for verb, module, name in found if (package / verb).is_dir()
-    ]
+def _python(path: Path, package: Path) -> set[Path]:
+    """A file of fp8kernels.kernels and those that it imports, from import to import; loading code decides nothing."""
+    found, todo = set[Path](), [path]
+    while todo:
+        here = todo.pop()
+        if here.is_file() and here not in found and here.name != "compiled.py":
+            found.add(here)
+            todo += _imports(here, package)
+    return found
+
+
+def _imports(path: Path, package: Path) -> list[Path]:
+    """The files of the package that a file's relative imports can mean."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            names = [base / alias.name for alias in node.names]
+            found += [each.with_suffix(".py") for each in (base, *names)] + [base / "__init__.py"]
+    return [each for each in found if package in each.parents and each != package / "__init__.py"]
 
 
 def _cpp(verb: str) -> list[Path]:

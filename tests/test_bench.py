@@ -110,8 +110,10 @@ def test_every_kernel_has_a_file_that_its_hash_covers(verb: str, backend: str) -
         assert "fp8kernels/kernels/cuda.py" in names
         assert any(name.endswith(".cu") for name in names)
         assert any(name.startswith("python/bind_") for name in names)
-    if backend == "triton":
-        assert "fp8kernels/kernels/triton_jit.py" in names
+    if verb == "norm_quantize" and backend in ("cpu", "triton"):
+        assert f"fp8kernels/kernels/quantize/{Path(own).name}" in names, "imports are followed"
+    if verb == "norm_quantize" and backend == "cpu":
+        assert "csrc/quantize/quantize.cpp" in names, "a composed kernel is made of the compiled one that it calls"
 
 
 def test_sources_of_a_kernel_hold_both_languages() -> None:
