@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from nn.blocks import Block, Gated, Heads, Mlp
+from fusions import QAT, read_by, reasons
+from nn.blocks import Block, Heads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fp8kernels
-from fp8kernels import Role, convert, get_recipe, revert
+from fp8kernels import Role, convert, revert
 from fp8kernels.convert import plan_fusion
 from fp8kernels.convert.fuse import activation_of
 from fp8kernels.nn.producer import Producer
 from fp8kernels.nn.step import layers
 
-QAT = get_recipe("hif8-qat").replace(window=4)
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -60,20 +59,6 @@ def vit(activation: str = "gelu") -> nn.Module:
 def timm_like() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(Block(), Block())
-
-
-def read_by(model: nn.Module) -> dict[str, list[str]]:
-    """The readers of every fused module, by name."""
-    return {
-        name: [place.name for place in module.fp8_places]
-        for name, module in model.named_modules()
-        if isinstance(module, Producer)
-    }
-
-
-def reasons(model: nn.Module, recipe: object = QAT, **how: object) -> dict[str, str | None]:
-    convert(model, recipe, fuse=False, verbose=False, **how)  # type: ignore[arg-type]
-    return {fusion.name: fusion.reason for fusion in plan_fusion(model)}
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
@@ -221,224 +206,6 @@ def test_activations() -> None:
         if name is not None:
             torch.testing.assert_close(module(x), functions[name](x), rtol=1e-6, atol=1e-6)
     assert reasons(vit("quick_gelu"))["layers.0.mlp"] == "no kernel computes QuickGELUActivation"
-
-
-class Base(nn.Module):
-    """A norm, two layers, and a forward that each test writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.inner = nn.LayerNorm(16), Inner()
-        self.a, self.b, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.plain = True
-
-
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.deep = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
-        size = x.shape[0] if x.dim() else 0
-        return self.deep(x) * scale * size
-
-
-class Nested(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(self.norm(x))
-
-
-class Keyword(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        y = self.inner(x=h, scale=2.0) + self.a(h)
-        h = y * 2
-        return self.out(h.relu())
-
-
-class Branches(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        if self.plain:
-            x = self.a(x)
-        else:
-            x = self.b(x)
-        return x.relu()
-
-
-class EarlyReturn(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        if self.plain:
-            return self.a(x)
-        with contextlib.nullcontext():
-            x = self.b(x)
-        return x.relu()
-
-
-FOLLOWED = {Nested: ["a"], Keyword: ["deep", "a"], Branches: ["a", "b"], EarlyReturn: ["a", "b"]}
-
-
-class Residual(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return h + self.a(h)
-
-
-class Alias(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        other = h
-        return self.a(h) + other
-
-
-class OneBranchKeeps(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        if self.plain:
-            x = self.a(x)
-        return x.relu()
-
-
-class Loop(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        for layer in (self.a, self.b):
-            h = layer(h)
-        return h
-
-
-class Comprehension(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return sum(layer(h) for layer in (self.a, self.b))
-
-
-class Closure(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return (lambda: self.a(h))()
-
-
-class InPlace(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        h += 1
-        return self.a(h)
-
-
-class Method(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.go(self.norm(x))
-
-    def go(self, x: Tensor) -> Tensor:
-        return self.a(x)
-
-
-class Twice(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(self.norm(x)) + self.b(self.norm(2 * x))
-
-
-class Packed(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(*[self.norm(x)])
-
-
-class Sliced(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(self.norm(x)[:1])
-
-
-class Unused(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return self.a(x) if h.shape[0] else x
-
-
-REFUSED = {
-    Residual: "read in another way too: return h + self.a(h)",
-    Alias: "read in another way too: other = h",
-    OneBranchKeeps: "read in another way too: return x.relu()",
-    Loop: "read in another way too: for layer in",
-    Comprehension: "read in another way too: return sum(",
-    Closure: "read in another way too: return (lambda",
-    InPlace: "read in another way too: h += 1",
-    Method: "go, which is no module",
-    Twice: "calls it 2 times",
-    Packed: "read in another way too: return self.a(*[self.norm(x)])",
-    Sliced: "read in another way too: return self.a(self.norm(x)[:1])",
-    Unused: "nothing reads its result",
-}
-
-
-@pytest.mark.parametrize("kind", FOLLOWED)
-def test_the_source_shows_where_a_result_goes(kind: type[Base]) -> None:
-    model = convert(kind(), QAT, verbose=False)
-    assert read_by(model) == {"norm": FOLLOWED[kind]}
-    plain = convert(kind(), QAT, fuse=False, verbose=False)
-    plain.load_state_dict(model.state_dict())
-    x = torch.randn(4, 16)
-    for net in (model, plain):
-        for net.plain in (True, False):
-            net(x).sum().backward()
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None)
-        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_the_source_says_otherwise(kind: type[Base]) -> None:
-    assert REFUSED[kind] in (reasons(kind())["norm"] or "fused")
-    model = convert(kind(), QAT, verbose=False)
-    assert read_by(model) == {}
-
-
-def test_what_has_no_source_or_another_forward_stays() -> None:
-    model = Nested()
-    model.forward = lambda x: model.a(model.norm(x))  # type: ignore[method-assign]
-    assert reasons(model)["norm"] == "forward of this Nested was replaced"
-    namespace: dict[str, object] = {"Base": Base}
-    exec("class Hidden(Base):\n    def forward(self, x):\n        return self.a(self.norm(x))", namespace)
-    hidden = namespace["Hidden"]
-    assert "has no source" in str(reasons(hidden())["norm"])  # type: ignore[operator]
-
-    class Other(Gated):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
-
-    class Normed(Mlp):
-        pass
-
-    assert reasons(nn.Sequential(Other(16, 32))) == {}
-    normed = Normed(16, 32)
-    assert reasons(nn.Sequential(normed))["0"] is None
-    normed = Normed(16, 32)
-    normed.norm = nn.LayerNorm(32)
-    assert reasons(nn.Sequential(normed))["0"] == "it has a norm between activation and fc2"
-
-
-def test_modules_that_stand_in_two_places() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Nested(), Nested()
-            self.second.norm = self.first.norm
-            self.third, self.fourth = Nested(), Nested()
-            self.fourth.a = self.third.a
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fourth(self.third(self.second(self.first(x))))
-
-    found = reasons(Shared())
-    assert found["first.norm"] == "it is called from several places"
-    assert found["third.norm"] == "a is called from several places"
-
-
-def test_norms_over_more_than_the_last_dimension() -> None:
-    model = Nested()
-    model.norm = nn.LayerNorm((4, 16))
-    assert reasons(model)["norm"] == "it normalises over 2 dimensions"
 
 
 def test_a_shared_block_trains_as_unfused() -> None:

@@ -7,6 +7,7 @@ vision transformers and timm's blocks all say "these linear layers, and nothing 
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,53 +16,30 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import nn as scaled
-from ..nn.mlp import FusedGatedMLP, FusedMLP
+from ..nn.mlp import Chain, FusedGatedMLP, FusedMLP, Gated
 from ..nn.norm import FusedNorm
 from ..nn.producer import Place, Producer, fused_class
+from ..nn.state import ScaledLayer
 from ..recipe import Recipe
-from .source import Unreadable, readers, same_forward
+from .source import Unreadable, chain, readers, text_of
 
 FUSED = "already fused"
 
-# transformers' LlamaRMSNorm and its copies
-RMS_NORM = """
-    input_dtype = x.dtype
-    x = x.to(torch.float32)
-    variance = x.pow(2).mean(-1, keepdim=True)
-    x = x * torch.rsqrt(variance + self.variance_epsilon)
-    return self.weight * x.to(input_dtype)
-"""
-GATED_MLP = (
-    """
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-    """,
-    "return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+# What a forward says, its argument called x. RMSNorm as transformers writes it, in every model anew:
+RMS_NORM = """input_dtype = x.dtype
+x = x.to(torch.float32)
+variance = x.pow(2).mean(-1, keepdim=True)
+x = x * torch.rsqrt(variance + self.variance_epsilon)
+return self.weight * x.to(input_dtype)"""
+# a subclass of LayerNorm that calls the function itself, as timm's; the fast path belongs to another library
+LAYER_NORM = re.compile(
+    r"((if self\._fast_norm:|else:|return x|\s*(x =|return) (F\.)?(fast_)?layer_norm\(x, "
+    r"self\.normalized_shape, self\.weight, self\.bias, self\.eps\))\n?)+"
 )
-VIT_MLP = """
-    x = self.fc1(x)
-    x = self.activation_fn(x)
-    x = self.fc2(x)
-    return x
-"""
-TIMM_MLP = (
-    """
-    x = self.fc1(x)
-    x = self.act(x)
-    x = self.drop1(x)
-    x = self.norm(x)
-    x = self.fc2(x)
-    x = self.drop2(x)
-    return x
-    """,
-    """
-    x = self.fc1(x)
-    x = self.act(x)
-    x = self.drop1(x)
-    x = self.fc2(x)
-    x = self.drop2(x)
-    return x
-    """,
+# the MLP of Llama and its relatives
+GATED_MLP = re.compile(
+    r"(?:return|(?P<out>\w+) =) self\.(?P<down>\w+)\(self\.(?P<act>\w+)\(self\.(?P<gate>\w+)\(x\)\) \* "
+    r"self\.(?P<up>\w+)\(x\)\)(?(out)\nreturn (?P=out))"
 )
 
 
@@ -73,7 +51,7 @@ class Fusion:
     module: nn.Module
     mixin: type[Producer]
     places: tuple[Place, ...] = ()
-    activation: str | None = None
+    parts: Chain | Gated | None = None
     reason: str | None = None
 
 
@@ -99,9 +77,7 @@ def fuse(fusions: Sequence[Fusion]) -> None:
             module = fusion.module
             module.__class__ = fused_class(fusion.mixin, type(module))
             assert isinstance(module, Producer)
-            if fusion.activation is not None:
-                module.__dict__["fp8_activation"] = fusion.activation
-            module.join(fusion.places)
+            module.join(fusion.places, fusion.parts)
 
 
 def _candidates(model: nn.Module) -> Iterator[Fusion]:
@@ -127,24 +103,28 @@ def _norm(name: str, norm: nn.Module, block: nn.Module, origin: str) -> Fusion:
 
 def _mlp(name: str, module: nn.Module) -> Fusion | None:
     """The decision for an MLP of a known kind; None for everything else."""
-    names = set(module._modules)
-    mixin: type[Producer] = FusedMLP
-    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names and same_forward(module, *GATED_MLP):
-        mixin, act, last = FusedGatedMLP, "act_fn", "down_proj"
-    elif {"fc1", "activation_fn", "fc2"} <= names and same_forward(module, VIT_MLP):
-        act, last = "activation_fn", "fc2"
-    elif {"fc1", "act", "drop1", "fc2", "drop2"} <= names and same_forward(module, *TIMM_MLP):
-        if not isinstance(module._modules.get("norm", nn.Identity()), nn.Identity):
-            return Fusion(name, module, FusedMLP, reason="it has a norm between activation and fc2")
-        if not isinstance(module.drop1, (nn.Dropout, nn.Identity)):
-            return Fusion(name, module, FusedMLP, reason=f"drop1 is a {type(module.drop1).__name__}")
-        act, last = "act", "fc2"
-    else:
+    if len(module._modules) < 3 or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
+    gated = GATED_MLP.fullmatch(text_of(module))
+    if gated is not None:
+        act, last = gated["act"], gated["down"]
+        parts: Chain | Gated = Gated("", gated["gate"], gated["up"], gated["down"])
+    else:
+        names = chain(module)
+        linear = [n for n, part in enumerate(names) if isinstance(getattr(module, part), nn.Linear)]
+        if len(linear) != 2 or linear[1] - linear[0] < 2:
+            return None
+        act, last = names[linear[0] + 1], names[linear[1]]
+        between = names[linear[0] + 2 : linear[1]]
+        for part in between:
+            if not isinstance(getattr(module, part), (nn.Identity, nn.Dropout)):
+                return Fusion(name, module, FusedMLP, reason=f"{part} stands between {act} and {last}")
+        parts = Chain("", tuple(names[: linear[0] + 1]), tuple(between), tuple(names[linear[1] :]))
+    mixin = FusedGatedMLP if isinstance(parts, Gated) else FusedMLP
     activation = activation_of(getattr(module, act))
     if activation is None:
         return Fusion(name, module, mixin, reason=f"no kernel computes {type(getattr(module, act)).__name__}")
-    return Fusion(name, module, mixin, (Place(module, last),), activation)
+    return Fusion(name, module, mixin, (Place(module, last),), parts._replace(activation=activation))
 
 
 def _why_not(found: Fusion, counts: Counter[int], taken: set[int]) -> str | None:
@@ -174,10 +154,14 @@ def _distinct(places: list[Place]) -> tuple[Place, ...]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """torch's LayerNorm and RMSNorm, and transformers' RMSNorm by what its forward does."""
+    """torch's LayerNorm and RMSNorm, and by what their forward does transformers' RMSNorm and timm's LayerNorm."""
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
         return True
-    return {"weight"} == set(module._parameters) and not module._modules and same_forward(module, RMS_NORM)
+    if module._modules or isinstance(module, ScaledLayer):
+        return False
+    if isinstance(module, nn.LayerNorm):
+        return not getattr(module, "_fast_norm", False) and LAYER_NORM.fullmatch(text_of(module)) is not None
+    return set(module._parameters) == {"weight"} and text_of(module) == RMS_NORM
 
 
 def activation_of(module: nn.Module) -> str | None:

@@ -65,7 +65,9 @@ def readers(module: nn.Module, origin: str) -> list[Place]:
     """
     function = forward_of(module)
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _path(node.func) == origin]
-    if len(calls) != 1:
+    if not calls:
+        raise Unreadable(f"forward of {_name(module)} does not call it by name")
+    if len(calls) > 1:
         raise Unreadable(f"{_name(module)} calls it {len(calls)} times")
     return _follow(module, _Reader(function, calls[0]).uses())
 
@@ -90,9 +92,13 @@ def _follow(module: nn.Module, uses: list[Use]) -> list[Place]:
         *path, name = use.path.split(".")
         try:
             parent = module.get_submodule(".".join(path))
-            target = parent.get_submodule(name)
+            target = getattr(parent, name)
         except AttributeError:
-            raise Unreadable(f"{_name(module)} gives it to {use.path}, which is no module") from None
+            target = use
+        if target is None:
+            continue  # a branch that this module does not take
+        if not isinstance(target, nn.Module):
+            raise Unreadable(f"{_name(module)} gives it to {use.path}, which is no module")
         if isinstance(target, ScaledLayer):
             out.append(Place(parent, name))
         elif type(target).__module__.startswith("torch.nn."):
@@ -102,22 +108,56 @@ def _follow(module: nn.Module, uses: list[Use]) -> list[Place]:
     return out
 
 
-def same_forward(module: nn.Module, *known: str) -> bool:
-    """Whether the forward of a module's class says, statement for statement, what one of the known sources says.
+def statements(module: nn.Module) -> list[ast.stmt]:
+    """The statements of the forward of a module's class, its only argument called x, without docstring.
 
-    The known sources are bodies that call their argument x; names of other variables count.
+    raises   Unreadable as forward_of does, and if there are other arguments
     """
+    function = forward_of(module)
+    arguments = function.args
+    if len(arguments.args) != 2 or arguments.kwonlyargs or arguments.vararg or arguments.kwarg:
+        raise Unreadable(f"{_name(module)} takes more than one argument")
+    renamed = _Rename(arguments.args[1].arg).visit(ast.parse(ast.unparse(function))).body[0].body
+    is_docstring = isinstance(renamed[0], ast.Expr) and isinstance(renamed[0].value, ast.Constant)
+    return list(renamed[1:] if is_docstring else renamed)
+
+
+def text_of(module: nn.Module) -> str:
+    """The same as text in one way of writing; "" where it is not to be read."""
     try:
-        function = forward_of(module)
+        return "\n".join(map(ast.unparse, statements(module)))
     except Unreadable:
-        return False
-    if len(function.args.args) != 2:
-        return False
-    body = _Rename(function.args.args[1].arg).visit(ast.parse(ast.unparse(function))).body[0].body
-    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:]  # the docstring
-    said = "\n".join(map(ast.unparse, body))
-    return any(said == ast.unparse(ast.parse(textwrap.dedent(text))) for text in known)
+        return ""
+
+
+def chain(module: nn.Module) -> list[str]:
+    """The names of the submodules that a forward calls one after the other on its argument; [] if it does more."""
+    try:
+        body = statements(module)
+    except Unreadable:
+        return []
+    variable, names = "x", []
+    for number, statement in enumerate(body):
+        is_last = number == len(body) - 1
+        if not isinstance(statement, ast.Return if is_last else ast.Assign) or statement.value is None:
+            return []
+        value: ast.expr = statement.value
+        called: list[str] = []
+        while isinstance(value, ast.Call) and len(value.args) == 1 and not value.keywords:
+            called.insert(0, _path(value.func) or "")
+            value = value.args[0]
+        if (
+            not isinstance(value, ast.Name)
+            or value.id != variable
+            or not all(name in module._modules for name in called)
+        ):
+            return []
+        names += called
+        if isinstance(statement, ast.Assign):
+            if len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
+                return []
+            variable = statement.targets[0].id
+    return names
 
 
 class _Rename(ast.NodeTransformer):

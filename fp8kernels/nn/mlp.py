@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +13,62 @@ from .producer import Ask, Producer, ask, pays
 from .state import ScaledLayer
 
 
-class FusedMLP(Producer):
-    """fc2(activation(fc1(x))), as in vision transformers; dropout after the activation only where it does nothing."""
+class Chain(NamedTuple):
+    """Names of submodules in the order of their calls: before the activation, between it and the reader, from there on.
 
-    fp8_activation: str  # "relu", "silu", "gelu" or "gelu_tanh"
-    fc1: nn.Module
-    fc2: nn.Module
+    activation  "relu", "silu", "gelu" or "gelu_tanh"
+    between     dropouts and identities; with an active dropout there are no codes
+    """
+
+    activation: str
+    before: tuple[str, ...]
+    between: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+class Gated(NamedTuple):
+    """Names of submodules in down(activation(gate(x)) * up(x))."""
+
+    activation: str
+    gate: str
+    up: str
+    down: str
+
+
+class FusedMLP(Producer):
+    """fc2(activation(fc1(x))), as in vision transformers."""
+
+    fp8_parts: Chain
 
     def fp8_fused(self, x: Tensor) -> Tensor:
-        drop1, drop2 = self._modules.get("drop1"), self._modules.get("drop2")
-        drops = isinstance(drop1, nn.Dropout) and drop1.training and drop1.p > 0
-        if drops or not pays(x.device):
+        parts, modules = self.fp8_parts, self._modules
+        if not pays(x.device) or any(_drops(modules[name]) for name in parts.between):
             return self.fp8_plain(x)
-        out: Tensor = self.fc2(activated(self.fc1(x), None, self.fp8_activation, self.fp8_readers))
-        return out if drop2 is None else drop2(out)
+        for name in parts.before:
+            x = modules[name](x)  # type: ignore[misc]
+        x = activated(x, None, parts.activation, self.fp8_readers)
+        for name in parts.after:
+            x = modules[name](x)  # type: ignore[misc]
+        return x
 
 
 class FusedGatedMLP(Producer):
-    """down_proj(activation(gate_proj(x)) * up_proj(x)), as in Llama and its relatives."""
+    """down(activation(gate(x)) * up(x)), as in Llama and its relatives."""
 
-    fp8_activation: str
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    fp8_parts: Gated
 
     def fp8_fused(self, x: Tensor) -> Tensor:
         if not pays(x.device):
             return self.fp8_plain(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(activated(gate, up, self.fp8_activation, self.fp8_readers))
+        activation, *names = self.fp8_parts
+        gate, up, down = (self._modules[name] for name in names)
+        assert gate is not None and up is not None and down is not None
+        out: Tensor = down(activated(gate(x), up(x), activation, self.fp8_readers))
         return out
+
+
+def _drops(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def activated(x: Tensor, other: Tensor | None, activation: str, readers: tuple[ScaledLayer, ...]) -> Tensor:

@@ -36,17 +36,18 @@ class Producer(nn.Module):
     fp8_original: type[nn.Module]  # the class that the module had
     fp8_readers: tuple[ScaledLayer, ...]  # the owner first; plain attributes, as they stand elsewhere in the model
     fp8_places: tuple[Place, ...]
+    fp8_parts: Any
 
-    def join(self, places: Sequence[Place]) -> None:
-        """Make codes for the layers at these places from now on."""
-        self.fp8_places = tuple(places)
+    def join(self, places: Sequence[Place], parts: Any = None) -> None:
+        """Make codes for the layers at these places from now on; `parts` tells the mixin what its module is made of."""
+        self.fp8_places, self.fp8_parts = tuple(places), parts
         self.fp8_readers = tuple(getattr(place.parent, place.name) for place in places)
         producers.add(self)
 
     def release(self) -> None:
         """Be the module of before again."""
         producers.discard(self)
-        for name in ("fp8_places", "fp8_readers", "fp8_activation"):
+        for name in ("fp8_places", "fp8_readers", "fp8_parts"):
             self.__dict__.pop(name, None)
         self.__class__ = self.fp8_original  # type: ignore[assignment]
 

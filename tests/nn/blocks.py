@@ -1,4 +1,4 @@
-"""A transformer block with the names and the forwards of timm's vision transformer, for tests without timm."""
+"""Transformer blocks with the names of timm's vision transformer and of Llama, for tests without either."""
 
 from __future__ import annotations
 
@@ -7,27 +7,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Norm(nn.LayerNorm):
+    """A LayerNorm that calls the function itself, with a switch for another one, as timm has it."""
+
+    _fast_norm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fast_norm:
+            return fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def fast_layer_norm(x: Tensor, *rest: object) -> Tensor:
+    raise AssertionError("nothing here sets the switch")
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = heads, dim // heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.num_heads, self.fused_attn = heads, True
+        self.qkv, self.q_proj = nn.Linear(dim, 3 * dim), None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if attn_mask is None:
-            x = F.scaled_dot_product_attention(q, k, v)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.q_proj(x) if self.qkv is None else self.qkv(x)
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        x = x.transpose(1, 2).reshape(B, N, C)
-        x = self.proj(x)
-        return self.proj_drop(x)
+            x = (q @ k.mT).softmax(-1) @ v
+        x = x.transpose(1, 2).reshape(batch, tokens, width)
+        return self.proj_drop(self.proj(x))
 
 
 class Mlp(nn.Module):
@@ -41,13 +53,10 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = self.act(x)
-        x = self.drop1(x)
+        x = self.drop1(self.act(self.fc1(x)))
         x = self.norm(x)
         x = self.fc2(x)
-        x = self.drop2(x)
-        return x  # noqa: RET504  the forward is timm's, statement for statement
+        return self.drop2(x)
 
 
 class Block(nn.Module):
@@ -55,11 +64,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
+        self.ls1, self.drop_path1 = nn.Identity(), nn.Identity()
+        self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, 2 * dim, **mlp)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), attn_mask=attn_mask)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=False)))
         return x + self.mlp(self.norm2(x))
 
 

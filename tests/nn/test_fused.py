@@ -345,7 +345,7 @@ def test_reverting_gives_the_plain_model_back(kind: type[nn.Module]) -> None:
     revert(net)
     assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()]
     assert torch.equal(net(batch(0)), plain(batch(0)))
-    assert all(key not in m.__dict__ for m in net.modules() for key in ("fp8_readers", "fp8_places", "fp8_activation"))
+    assert all(key not in m.__dict__ for m in net.modules() for key in ("fp8_readers", "fp8_places", "fp8_parts"))
     assert not any(producer in producers for producer in net.modules())
 
 
@@ -356,6 +356,7 @@ def test_reverting_a_part_releases_what_makes_codes_for_it() -> None:
     assert isinstance(net.norm2, Producer)
     assert handed(net, batch(0)) == ["mlp.fc1"]
     assert len(layers(net)) == 2
+    assert torch.equal(net.norm1(batch(0)), F.layer_norm(batch(0), (DIM,)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
