@@ -36,7 +36,8 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
             f"layer {layer.fp8_name!r}: input is on {x.device}, weight on {weight.device}; move one with .to()"
         )
     recipe, dtype = layer.fp8_recipe, output_dtype(x)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    needs_grad = trained and torch.is_grad_enabled()
     transpose = needs_grad and keeps_transposed(x.device, recipe)
     x_coded = codes_for(layer, x, transpose=transpose and weight.requires_grad)
     if x_coded is None:
@@ -66,12 +67,12 @@ def one_scale(recipe: Recipe) -> bool:
 
 
 def product(x: Coded, w: Coded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x[..., K] @ w[N, K].T + bias; gemm writes bf16 or fp32, fp16 is rounded from fp32."""
+    """x[..., K] @ w[N, K].T + bias, not differentiable; gemm writes bf16 or fp32, fp16 is rounded from fp32."""
     gemm_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
         bias = bias.float()
-    out: Tensor = torch.ops.fp8kernels.gemm(x.codes, x.scale, x.fmt, w.codes, w.scale, w.fmt, bias, gemm_dtype)
-    return out.to(dtype)
+    out: Tensor = torch.ops.fp8kernels.product(x.codes, x.scale, x.fmt, w.codes, w.scale, w.fmt, bias, gemm_dtype)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 class _Gradient(NamedTuple):

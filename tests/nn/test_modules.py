@@ -190,3 +190,12 @@ def test_bad_input_names_the_layer(x: Tensor, error: type[Exception], says: str)
     net = convert(nn.Sequential(nn.Linear(64, 32)), verbose=False)
     with pytest.raises(error, match=rf"layer '0': .*{says}"):
         net(x)
+
+
+def test_only_the_bias_is_trained() -> None:
+    layer = convert(nn.Sequential(nn.Linear(32, 16)), verbose=False)[0]
+    layer.weight.requires_grad_(False)
+    g = torch.randn(4, 16)
+    layer(torch.randn(4, 32)).backward(g)
+    assert torch.equal(layer.bias.grad, g.sum(0))
+    assert layer.weight.grad is None

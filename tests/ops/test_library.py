@@ -49,6 +49,7 @@ CASES = {
         torch.randn(8, requires_grad=True),
         torch.float32,
     ),
+    "product": lambda: (*operand(4, 16), *operand(8, 16), torch.randn(8), torch.float32),
     "gemm_no_bias": lambda: (*operand(4, 16), *operand(8, 16), None, torch.bfloat16),
     "gemm_epilogue": lambda: (
         *operand(4, 16),
