@@ -1,4 +1,4 @@
-"""Forwards of every shape: where the source shows that only 8-bit layers read a norm's result, and where it does not."""
+"""Forwards of every shape: where the source shows that only 8-bit layers read a norm's result, and where not."""
 
 from __future__ import annotations
 
@@ -131,6 +131,20 @@ class Twice(Base):
         return self.a(self.norm(x)) + self.b(self.norm(2 * x))
 
 
+class Aliased(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return self.a(self.norm(x)) + norm(x)
+
+
+class OtherMethod(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.norm(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
 class Packed(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(*[self.norm(x)])
@@ -157,6 +171,8 @@ REFUSED = {
     InPlace: "read in another way too: h += 1",
     Method: "go, which is no module",
     Twice: "calls it 2 times",
+    Aliased: "does more with it than call it",
+    OtherMethod: "features of OtherMethod uses it too",
     Packed: "read in another way too: return self.a(*[self.norm(x)])",
     Sliced: "read in another way too: return self.a(self.norm(x)[:1])",
     Unused: "nothing reads its result",

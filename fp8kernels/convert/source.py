@@ -69,6 +69,13 @@ def readers(module: nn.Module, origin: str) -> list[Place]:
         raise Unreadable(f"forward of {_name(module)} does not call it by name")
     if len(calls) > 1:
         raise Unreadable(f"{_name(module)} calls it {len(calls)} times")
+    if sum(isinstance(node, ast.Attribute) and _path(node) == origin for node in ast.walk(function)) > 1:
+        raise Unreadable(f"forward of {_name(module)} does more with it than call it")
+    for cls in type(module).__mro__[: -len(nn.Module.__mro__)]:
+        for name, method in vars(cls).items():
+            used = getattr(method, "__code__", None)
+            if name not in ("__init__", "forward") and used is not None and origin in used.co_names:
+                raise Unreadable(f"{name} of {_name(module)} uses it too")
     return _follow(module, _Reader(function, calls[0]).uses())
 
 
@@ -136,7 +143,8 @@ def chain(module: nn.Module) -> list[str]:
         body = statements(module)
     except Unreadable:
         return []
-    variable, names = "x", []
+    variable = "x"
+    names: list[str] = []
     for number, statement in enumerate(body):
         is_last = number == len(body) - 1
         if not isinstance(statement, ast.Return if is_last else ast.Assign) or statement.value is None:
@@ -146,11 +154,9 @@ def chain(module: nn.Module) -> list[str]:
         while isinstance(value, ast.Call) and len(value.args) == 1 and not value.keywords:
             called.insert(0, _path(value.func) or "")
             value = value.args[0]
-        if (
-            not isinstance(value, ast.Name)
-            or value.id != variable
-            or not all(name in module._modules for name in called)
-        ):
+        if not isinstance(value, ast.Name) or value.id != variable:
+            return []
+        if any(module._modules.get(name) is None for name in called):
             return []
         names += called
         if isinstance(statement, ast.Assign):
