@@ -1,8 +1,7 @@
 // quantize on a GPU: one read of x where the scales are given or a block fits a tile; see README.md of the verb.
 //
 // Three kernels make codes:
-//   quantize_tiles  a block of threads holds a tile of 16,384 elements: a block of scales, which finds its own amax, or
-//   a
+//   quantize_tiles  a block of threads holds a tile of 16,384 elements: a block of scales that finds its own amax, or
 //                   part of one whose scale is known. It can write the codes transposed too
 //   quantize_runs   half a warp or a warp holds short rows that have a scale each: 1x128, rows (runs.cuh)
 //   prepare_scales  before quantize_tiles where blocks are larger than a tile: the scales of blocks that have none.
