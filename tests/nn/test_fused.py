@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from fusions import handed
 from intervals import act_gradients, norm_gradients, rounded
 from nn.blocks import Block, Heads
 from tolerance import bounded
@@ -58,24 +59,6 @@ def same(a: nn.Module, b: nn.Module, *, but: str = "-") -> None:
     for key, value in ours.items():
         if not key.endswith(but):
             assert torch.equal(value, theirs[key]), key
-
-
-def handed(net: nn.Module, x: Tensor) -> list[str]:
-    """The names of the layers that got codes in a forward, by what they are called with."""
-    seen: list[str] = []
-    original = fp8kernels.nn.Linear.forward
-
-    def forward(layer: fp8kernels.nn.Linear, x: Tensor) -> Tensor:
-        if isinstance(x, CodedTensor):
-            seen.append(layer.fp8_name)
-        return original(layer, x)
-
-    fp8kernels.nn.Linear.forward = forward  # type: ignore[method-assign]
-    try:
-        net(x)
-    finally:
-        fp8kernels.nn.Linear.forward = original  # type: ignore[method-assign]
-    return seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
