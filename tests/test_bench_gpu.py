@@ -308,3 +308,38 @@ def test_the_driver_is_asked_only_to_read(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(device.subprocess, "run", answer)
     assert device.queried(("driver_version", "clocks.max.sm")) == ["580.1", "1980 MHz"]
     assert all(word.startswith(("nvidia-smi", "--query-gpu=", "--format=", "-i", "0")) for word in commands[0])
+
+
+SMALL = {"products": (48, 256, 384), "tensors": (64, 256)}  # in place of the shapes of a set
+ONLY_THERE = ("launch_gaps", "compiled", "blockwise")  # a graph; minutes of compilation; torch has it for GPUs alone
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [goal for goal in (*goals.goals(), *goals.surveys()) if goal.device == "cuda" and not getattr(goal, "rows", "")],
+    ids=lambda goal: goal.name,
+)
+def test_what_a_gpu_measures_is_right_at_a_small_shape_here(goal: goals.Survey) -> None:
+    """Each case is built by the kernels that the table chooses on this machine, checked, and both sides run."""
+    if goal.measure.endswith(ONLY_THERE):
+        return
+    first = goal.jobs()[0]
+    arguments = dict(first.arguments)
+    if goal.shapes:
+        arguments["shape"] = SMALL[goal.shapes.split("/")[0]]
+    if goal.measure == "bench_linear:versus_bf16":
+        arguments["total"] = 1 << 20
+    made = run.Job(first.goal, "cpu", first.measure, arguments).case()
+    made.check()
+    made.ours()
+    made.baseline()
+    assert made.unit == goal.unit
+    assert all(kernel.split("/")[1] != "table" for kernel in made.kernels) and made.kernels
+    if made.unit == "of its GB/s":
+        assert made.moved and made.baseline_moved
+
+
+def test_launch_gaps_need_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU"):
+            bench_host.launch_gaps()
