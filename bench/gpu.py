@@ -5,7 +5,7 @@ PYTHON=python3 make gpu                        everything, within SECONDS (520);
 python3 -m bench.gpu --only build --only gemm  some steps (build, test, sanitize), or goals whose names start so
 
 It takes the interpreter's own packages (torch from 2.11, pip, cmake, ninja, pybind11, scikit-build-core, pytest) and no
-network, and installs into build/gpu only. With OUT set, the rows are copied there.
+network, and installs into build/gpu only. With OUT set, rows and logs are copied there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,10 +30,13 @@ SECONDS = 520.0
 LEAST_FOR_BENCHES = 0.5  # of the budget, which tests and compute-sanitizer leave to them
 SANITIZER_SECONDS = 70.0  # of each tool
 REFUSES = "Device not supported"  # what it says where the GPU's virtualisation hides what it needs
-TAIL = 40  # lines of its log that are shown
 ERROR_FOUND = 9  # exit code of compute-sanitizer
 TABLE_SECONDS = 15.0  # for the table of goals, last
 MOST_FAULTS = 12
+WRONG = re.compile(
+    r"^(FAILED|ERROR|WRONG|not measured|out of time)|=+ (Error|Invalid|Warning: Race|ERROR SUMMARY)|error:"
+)
+LINES, LINE, COMMAND = 60, 160, 300  # of what went wrong, and characters of one; of a command
 MARKER = re.compile(r"mark\.gpu\b|gpu\.lines")  # files whose tests need a GPU
 ONLY_THERE = {(9, 0): "90a", (10, 0): "100a"}  # capabilities whose newest instructions want the "a"
 XDIST = 8  # processes of pytest: Triton's compilation takes most of their time
@@ -51,26 +54,43 @@ class Session:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def run(self, name: str, command: Sequence[str], limit: float, log: Path | None = None) -> int:
+    def run(self, name: str, command: Sequence[str], limit: float) -> int:
         """Run a step for at most `limit` seconds; its exit code, or 124 when it was ended.
 
-        log   where its output goes; by itself it is passed on
+        Its output is passed on, and kept in build/gpu/<name>.log
         """
         begun = time.monotonic()
-        print(f"\n== {name} (at most {limit:.0f} s of {self.left:.0f}): {' '.join(command)}", flush=True)
-        with open(log, "w", encoding="utf-8") if log else nullcontext() as file:
-            process = subprocess.Popen(
-                command, cwd=TARGET, env=environment(), stdout=file, stderr=file, start_new_session=True
-            )
-            try:
-                code = process.wait(max(1.0, limit))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # its own group: the step and what it started
-                process.wait()
-                code = 124
+        print(f"\n== {name} (at most {limit:.0f} s of {self.left:.0f}): {' '.join(command)[:COMMAND]}", flush=True)
+        process = subprocess.Popen(
+            command, cwd=TARGET, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        pump = threading.Thread(target=passed_on, args=(process, log_of(name)), daemon=True)
+        pump.start()
+        try:
+            code = process.wait(max(1.0, limit))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own group: the step and what it started
+            process.wait()
+            code = 124
+        pump.join(5)
         word = {0: "passed", 124: "ended at its limit"}.get(code, f"FAILED with exit code {code}")
         self.results.append((name, word, time.monotonic() - begun))
         return code
+
+
+def log_of(name: str) -> Path:
+    return TARGET / f"{name.replace(' ', '-')}.log"
+
+
+def passed_on(process: subprocess.Popen[str], log: Path) -> None:
+    """Print what a process prints, line by line, and keep it."""
+    assert process.stdout is not None
+    with log.open("w", encoding="utf-8") as file:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            file.flush()
 
 
 def environment() -> dict[str, str]:
@@ -141,10 +161,8 @@ def sanitize(session: Session) -> None:
         if limit < 10:
             session.results.append((f"sanitize {tool}", "passed over: no time left for it", 0.0))
             continue
-        log = TARGET / f"{tool}.log"
-        code = session.run(f"sanitize {tool}", sanitizer_command(tool), limit, log)
-        said = log.read_text(encoding="utf-8", errors="replace")
-        print("\n".join(said.splitlines()[-TAIL:]))
+        code = session.run(f"sanitize {tool}", sanitizer_command(tool), limit)
+        said = log_of(f"sanitize {tool}").read_text(encoding="utf-8", errors="replace")
         if code and REFUSES in said:
             name, _, seconds = session.results.pop()
             session.results.append((name, "passed over: it refuses this device", seconds))
@@ -174,11 +192,21 @@ def goals() -> None:
 
 
 def keep(out: str | None) -> None:
-    """Copy the rows to OUT."""
-    results = ROOT / "bench" / "results"
-    if out and results.is_dir():
-        shutil.copytree(results, Path(out) / "results", dirs_exist_ok=True)
-        print(f"rows are in {out}/results")
+    """Copy the rows and the logs to OUT."""
+    if out:
+        shutil.copytree(ROOT / "bench" / "results", Path(out) / "results", dirs_exist_ok=True)
+        for log in TARGET.glob("*.log"):
+            shutil.copy(log, out)
+        print(f"rows and logs are in {out}")
+
+
+def failures() -> list[str]:
+    """The lines of all logs that tell what is wrong, shortened; more of them are in the logs."""
+    found = []
+    for log in sorted(TARGET.glob("*.log")):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        found += [f"{log.stem}: {line[:LINE]}" for line in lines if WRONG.search(line)]
+    return list(dict.fromkeys(found))[:LINES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("make gpu: nvidia-smi shows no GPU here. CI tests the rest: make test", file=sys.stderr)
         return 2
     TARGET.mkdir(parents=True, exist_ok=True)
+    for log in TARGET.glob("*.log"):
+        log.unlink()
     session = Session(time.monotonic() + given.seconds, given.seconds)
     wanted = [step for step in STEPS if step in given.only or not given.only]
     names = [name for name in given.only if name not in STEPS]
@@ -218,8 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(session: Session) -> int:
-    """How the steps went; 1 where one failed."""
+    """What went wrong, and how the steps went; 1 where one failed."""
     print()
+    print("\n".join(failures()))
     for name, word, seconds in session.results:
         print(f"{name:<20} {word} ({seconds:.0f} s)")
     return 0 if all(not word.startswith("FAILED") for _, word, _ in session.results) else 1

@@ -224,14 +224,17 @@ def test_gpu_tests_are_found_by_their_marker() -> None:
     assert "test_formats.py" not in files, "it imports packages that need not be there"
 
 
-def test_a_step_is_ended_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_ended_at_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu, "TARGET", tmp_path)
     session = gpu.Session(time.monotonic() + 60, 60)
     assert session.run("sleep", [sys.executable, "-c", "import time; time.sleep(50)"], 1) == 124
-    assert session.run("fail", [sys.executable, "-c", "print('seen'); raise SystemExit(5)"], 30, tmp_path / "log") == 5
-    assert (tmp_path / "log").read_text().strip() == "seen"
+    assert session.run("a step", [sys.executable, "-c", "print('WRONG one'); raise SystemExit(5)"], 30) == 5
+    assert (tmp_path / "a-step.log").read_text().strip() == "WRONG one"
     assert [word for _, word, _ in session.results] == ["ended at its limit", "FAILED with exit code 5"]
     assert gpu.report(session) == 1
+    assert "a-step: WRONG one" in capsys.readouterr().out, "what is wrong is told again, at the end"
 
 
 def test_without_a_gpu_make_gpu_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +248,7 @@ def test_a_fault_is_skipped_in_the_next_process(monkeypatch: pytest.MonkeyPatch,
     session = gpu.Session(time.monotonic() + 1000, 1000)
     commands: list[list[str]] = []
 
-    def step(name: str, command: list[str], limit: float, log: Path | None = None) -> int:
+    def step(name: str, command: list[str], limit: float) -> int:
         commands.append(command)
         if len(commands) < 3:
             (tmp_path / "current").write_text(f"job {len(commands)}", encoding="utf-8")
