@@ -144,9 +144,9 @@ def launched(
     }
     with cuda.on(device):
         processors = cuda.processors(device)
-        bytes_needed = _cuda.gemm_workspace(arguments, processors)
+        bytes_needed = getattr(_cuda, f"{entry}_workspace")(arguments, processors)
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device) if bytes_needed else None
-        error = _cuda.gemm(arguments, processors, _address(workspace), cuda.stream(device))
+        error = getattr(_cuda, entry)(arguments, processors, _address(workspace), cuda.stream(device))
     if error < 0:
         raise RuntimeError("gemm did not start: the driver made no tensor map for the operands")
     cuda.check(error, "gemm")
