@@ -33,9 +33,8 @@ REFUSES = "Device not supported"  # what it says where the GPU's virtualisation 
 ERROR_FOUND = 9  # exit code of compute-sanitizer
 TABLE_SECONDS = 15.0  # for the table of goals, last
 MOST_FAULTS = 12
-WRONG = re.compile(
-    r"^(FAILED|ERROR|WRONG|not measured|out of time)|=+ (Error|Invalid|Warning: Race|ERROR SUMMARY)|error:"
-)
+# in the logs of pytest, the benches, compute-sanitizer and the compilers
+WRONG = re.compile(r"\bFAILED |^(ERROR|WRONG|not measured|out of time)|^=+ (Error|Invalid|Warning|ERROR SUMM)|\berror:")
 LINES, LINE, COMMAND = 60, 160, 300  # of what went wrong, and characters of one; of a command
 MARKER = re.compile(r"mark\.gpu\b|gpu\.lines")  # files whose tests need a GPU
 ONLY_THERE = {(9, 0): "90a", (10, 0): "100a"}  # capabilities whose newest instructions want the "a"

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from fp8kernels.console import console
-
 from . import device, goals, ledger
 from .case import text
 from .run import Fault, Job, measure_all
@@ -94,13 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--note", type=Path, help="a file that holds the job under way")
     given = parser.parse_args(arguments)
     deadline = time.monotonic() + given.until
-    out = console()
     if not torch.cuda.is_available():
-        out.print("bench.pay: torch sees no GPU; nothing is measured")
+        print("bench.pay: torch sees no GPU; nothing is measured")
         return 0
     here = [row for row in ledger.rows() if row["slug"] == device.slug("cuda")]
     jobs = owed(given.only, given.skip, here)
-    out.print(f"{len(jobs)} cases to measure on {device.slug('cuda')}")
+    print(f"{len(jobs)} cases to measure on {device.slug('cuda')}")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
 
     def begin(job: Job) -> None:
         if given.note:
@@ -108,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     passed = True
     try:
-        passed = measure_all(jobs, out.print, deadline=deadline, begin=begin)
+        passed = measure_all(jobs, say, deadline=deadline, begin=begin)
     except Fault as error:
-        out.print(f"WRONG {error}")
+        print(f"WRONG {error}")
         return FAULT
     return 0 if passed else 1
 
