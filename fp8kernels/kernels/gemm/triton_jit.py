@@ -1,10 +1,11 @@
 """gemm in Triton: NVIDIA GPUs from sm_80 on, AMD's gfx950, and CPU tensors in Triton's interpreter.
 
 method  one tile of out a program, in groups that share w in the L2 cache. E4M3 and E5M2 go to the tensor cores as they
-        are where those take them (sm_89 and newer, gfx950), moved to fp32 every 128 of K; HiF8, and everything on sm_80
-        and for few rows, is decoded to bf16 in registers by integer arithmetic. From sm_90 on aligned operands are read
-        through tensor descriptors (TMA), others through pointers and strides. Where out has few tiles, K is split and
-        the parts are added in a fixed order by a second kernel. README.md tells the ideas
+        are where those take them (sm_89 and newer, gfx950), moved to fp32 every 128 of K. HiF8, and everything on older
+        GPUs, is decoded to bf16: by a kernel of its own before the product, or, for up to 64 rows of x, in registers.
+        From sm_90 on aligned operands are read through tensor descriptors (TMA), others through pointers and strides.
+        Where out has few tiles, K is split and the parts are added in a fixed order by a second kernel. README.md tells
+        the ideas
 limits  scales that change along K do so every multiple of 128
 equal   within docs/NUMERICS.md, "Products", of the reference; decoded products are exact, sums fp32
 """
@@ -50,6 +51,9 @@ NATIVE_FROM = (8, 9)  # compute capability whose tensor cores take E4M3 and E5M2
 AMD_NATIVE = ("gfx950",)  # older ones have 8-bit floats of other values
 DESCRIPTORS_FROM = (9, 0)
 AUTOTUNE = "FP8KERNELS_AUTOTUNE"  # =1: times the tiles below on the first product of a shape and keeps the fastest
+CODES, WIDENED, DECODED, BF16 = (constexpr(i) for i in range(4))  # how operands are read: multiplied as codes, made
+# fp16 by the hardware, made bf16 by integer arithmetic, or bf16 in memory
+DECODED_TILE = (32, 128)  # rows and columns of codes that a program decodes: 16 a thread, runs of 256 bytes
 PARTS_TILE = (16, 256)  # rows and columns of out that a program adds the parts of K of
 INTERPRETED = constexpr(shared.INTERPRETED)
 
@@ -88,22 +92,22 @@ def gemm(
     x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
 ) -> Tensor | Quantized:
     """activation(x[M, K] @ w[N, K].T + bias) + residual; see reference.py for every argument."""
-    m, n = x.codes.shape[0], w.codes.shape[0]
+    out = empty(x.codes.shape[0], w.codes.shape[0], out_dtype, epilogue, x.codes.device)
     with torch.cuda.device_of(x.codes):
-        x, w = readable(x, few_rows=m <= FEW_ROWS), readable(w, few_rows=m <= FEW_ROWS)
-        out = empty(m, n, out_dtype, epilogue, x.codes.device)
-        launch(x, w, bias, epilogue, out, plan(x, w))
+        how = plan(x, w)
+        launch(readable(x, how.read), readable(w, how.read), bias, epilogue, out, how)
     return out
 
 
 class Plan(NamedTuple):
     """What decides which program is compiled, apart from the epilogue.
 
+    read         how the kernel takes operands: CODES, WIDENED, DECODED or BF16
     descriptors  for x and for w: read through a tensor descriptor
     """
 
     tile: Tile
-    native: bool
+    read: int
     descriptors: tuple[bool, bool]
 
 
@@ -111,10 +115,17 @@ def plan(x: Operand, w: Operand) -> Plan:
     """How to multiply these operands on their device."""
     here = machine(x.codes.device)
     (m, k), n = x.codes.shape, w.codes.shape[0]
-    native = here.takes_codes and m > FEW_ROWS and HIF8 not in (x.fmt, w.fmt)  # few rows wait for memory, not for sums
+    takes_codes = here.takes_codes and HIF8 not in (x.fmt, w.fmt)
+    if m <= FEW_ROWS:
+        read = WIDENED if takes_codes else DECODED
+    else:
+        read = CODES if takes_codes else BF16
+    native = bool(read == CODES)
     chosen = tile(m, n, k, here.capability, native=native, blocked=is_blocked(x, w), processors=here.processors)
-    has_descriptors = here.capability is not None and here.capability >= DESCRIPTORS_FROM
-    return Plan(chosen, native, (has_descriptors and is_aligned(x.codes), has_descriptors and is_aligned(w.codes)))
+    if here.capability is None or here.capability < DESCRIPTORS_FROM:
+        return Plan(chosen, read.value, (False, False))
+    many = m > FEW_ROWS  # which `readable` aligns
+    return Plan(chosen, read.value, (many or is_aligned(x.codes), many or is_aligned(w.codes)))
 
 
 class Machine(NamedTuple):
@@ -183,7 +194,7 @@ def launch(x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, out:
         pointer(x, how, 0), pointer(w, how, 1), *scales, ending, kept, sums, m, n, k,
         *x.codes.stride(), *w.codes.stride(),
         X_FMT=x.fmt.code_id, W_FMT=w.fmt.code_id, X_SPAN=span_of(x), W_SPAN=span_of(w),
-        X_DESCRIPTOR=how.descriptors[0], W_DESCRIPTOR=how.descriptors[1], NATIVE=how.native,
+        X_DESCRIPTOR=how.descriptors[0], W_DESCRIPTOR=how.descriptors[1], READ=how.read,
         PROMOTE=not fast_accumulation(), **constants, **sides,
     )  # fmt: skip
     if sums is not None:
@@ -193,25 +204,35 @@ def launch(x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, out:
         )
 
 
-def readable(operand: Operand, *, few_rows: bool) -> Operand:
-    """The operand with contiguous scales and, by a copy if need be, codes whose rows can be read 16 bytes at a time.
+def readable(operand: Operand, read: int) -> Operand:
+    """The operand with contiguous scales, and with codes that are as `read` wants them.
 
-    A copy is padded with code 0, which adds nothing to a sum: K becomes a multiple of 16. For few rows of x w is read
-    once, and a copy would read it twice: codes are then taken with the strides they have.
+    BF16 are the decoded values. CODES and BF16 have rows that can be read 16 bytes at a time; what is copied for it is
+    padded with zeros, which add nothing to a sum, so that K is a multiple of 16. For few rows of x w is read once, and
+    a copy would read it twice: codes are then taken with the strides they have.
     """
-    codes, extra = operand.codes, -operand.codes.shape[1] % ALIGNED
-    if not few_rows and extra:
-        codes = torch.nn.functional.pad(codes, (0, extra))
-    elif not few_rows and not is_aligned(codes):
+    codes = operand.codes
+    rows, k = codes.shape
+    if read == BF16:
+        codes = torch.empty(rows, k + -k % ALIGNED, dtype=torch.bfloat16, device=codes.device)
+        sides = {"TILE_ROWS": DECODED_TILE[0], "TILE_COLS": DECODED_TILE[1]}
+        decode_kernel[(tiles(rows, codes.shape[1], *DECODED_TILE),)](
+            operand.codes, codes, rows, k, codes.shape[1], *operand.codes.stride(), FMT=operand.fmt.code_id, **sides
+        )
+    elif read == CODES and k % ALIGNED:
+        codes = torch.nn.functional.pad(codes, (0, -k % ALIGNED))
+    elif read == CODES and not is_aligned(codes):
         codes = codes.clone(memory_format=torch.contiguous_format)
     return Operand(codes, operand.scale.contiguous(), operand.fmt)
 
 
 def pointer(operand: Operand, how: Plan, side: int) -> Any:
     """What the kernel reads codes through: a descriptor of the tile's extent, or the tensor."""
+    codes = operand.codes
     if not how.descriptors[side]:
-        return operand.codes
-    codes = operand.codes.view(operand.fmt.carrier) if how.native and operand.fmt.carrier else operand.codes
+        return codes
+    if how.read in (CODES, WIDENED) and operand.fmt.carrier is not None:
+        codes = codes.view(operand.fmt.carrier)
     return TensorDescriptor.from_tensor(codes, [how.tile[side], how.tile.depth])
 
 
@@ -296,7 +317,7 @@ def autotuned() -> Any:
     for sides in map(sides_of, TILES_TO_TRY):
         warps, stages = sides.pop("num_warps"), sides.pop("num_stages")
         configs.append(triton.Config(sides, num_warps=warps, num_stages=stages, pre_hook=fit_descriptors))
-    shape = ["m", "n", "k", "X_FMT", "W_FMT", "NATIVE", "BLOCKED", "X_DESCRIPTOR", "W_DESCRIPTOR"]
+    shape = ["m", "n", "k", "X_FMT", "W_FMT", "READ", "BLOCKED", "X_DESCRIPTOR", "W_DESCRIPTOR"]
     return triton.autotune(configs=configs, key=shape)(product_kernel)
 
 
@@ -304,7 +325,7 @@ def autotuned() -> Any:
 def product_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, x_scales, w_scales, ending, sink, sums_ptr, m, n, k, x_row, x_col, w_row, w_col,
     X_FMT: tl.constexpr, W_FMT: tl.constexpr, X_SPAN: tl.constexpr, W_SPAN: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, NATIVE: tl.constexpr, PROMOTE: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, READ: tl.constexpr, PROMOTE: tl.constexpr,
     BLOCKED: tl.constexpr, SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr, FMT: tl.constexpr, SATURATE: tl.constexpr, CARRIER: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TILE_DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -325,9 +346,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
         x = load_codes(x_ptr, top, x_at, depth, k, x_row, x_col, X_DESCRIPTOR, TILE_DEPTH)
         w = load_codes(w_ptr, left, w_at, depth, k, w_row, w_col, W_DESCRIPTOR, TILE_DEPTH)
         if not BLOCKED:
-            sums = multiply(x, w, sums, X_FMT, W_FMT, NATIVE, PROMOTE)
+            sums = multiply(x, w, sums, X_FMT, W_FMT, READ, PROMOTE)
         else:
-            products = multiply(x, w, tl.zeros((TILE_ROWS, TILE_COLS), tl.float32), X_FMT, W_FMT, NATIVE, False)
+            products = multiply(x, w, tl.zeros((TILE_ROWS, TILE_COLS), tl.float32), X_FMT, W_FMT, READ, False)
             x_scale = load_scale(x_scales, top, x_at, depth // x_scales.cols, X_ONE)
             w_scale = load_scale(w_scales, left, w_at, depth // w_scales.cols, W_ONE)
             sums += scaled(products, x_scale[:, None], w_scale[None, :])
@@ -388,26 +409,58 @@ def load_codes(ptr, first, at, depth, k, row, col, DESCRIPTOR: tl.constexpr, TIL
 
 @jit
 def multiply(  # type: ignore[no-untyped-def]
-    x, w, sums, X_FMT: tl.constexpr, W_FMT: tl.constexpr, NATIVE: tl.constexpr, PROMOTE: tl.constexpr
+    x, w, sums, X_FMT: tl.constexpr, W_FMT: tl.constexpr, READ: tl.constexpr, PROMOTE: tl.constexpr
 ):
-    """sums + decode(x) @ decode(w).T; with PROMOTE products of codes are first added among themselves."""
-    if NATIVE:
+    """sums + x @ w.T in values; with PROMOTE products of codes are first added among themselves."""
+    if INTERPRETED:  # where products in 16 bits are wrong, and Inf and NaN in 8
+        x, w = values(x, X_FMT, READ), values(w, W_FMT, READ)
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    elif READ == CODES:
         DEPTH: tl.constexpr = x.shape[1] if PROMOTE else None  # Triton's default leaves them in the tensor cores
         sums = tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), sums, max_num_imprecise_acc=DEPTH)
-    elif INTERPRETED:  # whose products in bf16 are wrong
-        sums = tl.dot(decode(x, X_FMT), tl.trans(decode(w, W_FMT)), sums, input_precision="ieee")
-    else:
+    elif READ == WIDENED:  # fp16 holds every value of both formats, and the conversion is one instruction
+        x, w = typed(x, X_FMT).to(tl.float16), typed(w, W_FMT).to(tl.float16)
+        sums = tl.dot(x, tl.trans(w), sums)
+    elif READ == DECODED:
         x, w = decode(x, X_FMT).to(tl.bfloat16), decode(w, W_FMT).to(tl.bfloat16)
+        sums = tl.dot(x, tl.trans(w), sums)
+    else:
         sums = tl.dot(x, tl.trans(w), sums)
     return sums
 
 
 @jit
 def typed(codes, FMT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes as what the tensor cores take; those of a descriptor are that already."""
+    """Codes as E4M3 or E5M2; those of a descriptor are that already."""
     if codes.dtype == tl.uint8:
         codes = codes.to(tl.float8e4nv if FMT == E4M3_ID else tl.float8e5, bitcast=True)
     return codes
+
+
+@jit
+def values(x, FMT: tl.constexpr, READ: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the elements read stand for, in fp32; exact."""
+    if READ == BF16:
+        out = to_fp32(x)
+    else:
+        out = decode(x, FMT)
+    return out
+
+
+@jit
+def decode_kernel(  # type: ignore[no-untyped-def]
+    codes_ptr, out_ptr, rows, k, cols, row_stride, col_stride,
+    FMT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """Codes [rows, k] of any strides to bf16 [rows, cols], contiguous; 0 beyond k."""
+    across = tl.cdiv(cols, TILE_COLS)
+    row = (tl.program_id(0) // across * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
+    col = (tl.program_id(0) % across * TILE_COLS + tl.arange(0, TILE_COLS)).to(tl.int64)
+    is_row = (row < rows)[:, None]
+    at = row[:, None] * row_stride + col[None, :] * col_stride
+    codes = tl.load(codes_ptr + at, mask=is_row & (col < k)[None, :], other=0)
+    out = round_to(decode(codes, FMT), tl.bfloat16)
+    tl.store(out_ptr + row[:, None] * cols + col[None, :], out, mask=is_row & (col < cols)[None, :])
 
 
 @jit

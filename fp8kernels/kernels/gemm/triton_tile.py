@@ -39,7 +39,7 @@ def tile(
     """The tile for out[m, n] over k.
 
     capability  compute capability of an NVIDIA GPU, or None for AMD
-    native      the tensor cores take the codes as they are; else they are decoded to bf16 in registers
+    native      operands of many rows are codes, which the tensor cores take as they are; else they are bf16
     blocked     scales change along K: a second set of sums is in registers
     processors  multiprocessors of the GPU
     """
@@ -48,27 +48,24 @@ def tile(
         # several programs on a multiprocessor and 4 stages each, enough bytes are under way to keep the memory busy.
         rows, cols, depth, warps, stages = max(16, pow2(m)), 64, 128, 4, 4
     elif capability is None:
-        # gfx950: four wavefronts with a quarter of 128x128 each; the code of two stages fits its 160 KiB
+        # gfx950: four wavefronts with a quarter of 128x128 each; two stages of 32 KiB, of 160
         rows, cols, depth, warps, stages = 128, 128, 128 if native else 64, 4, 2
-    elif not native and capability < (9, 0):
-        # both operands of mma.sync are registers, and each of 8 warps decodes a part of w that others decode too:
-        # with 128 columns they would spill
-        rows, cols, depth, warps, stages = 128, 64, 64, 8, 4
-    elif not native:
-        # 8 warps share the work of decoding, and hold 64 sums a thread, so that the decoded values find registers too.
-        # 64 of K: the decoded bf16 tile of w takes 16 KiB of shared memory beside the codes of the stages
-        rows, cols, depth, warps, stages = 128, 128, 64, 8, 3
     elif capability >= (10, 0):
-        # sums stay in tensor memory; 128x256 is the largest single instruction. 48 KiB a stage, of 228. Scaled sums
+        # sums stay in tensor memory; 128x256 is the largest single instruction. 48 KiB a stage, of 227. Scaled sums
         # are in registers: 128 columns of them
-        rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 128, 8, 4
-    elif capability >= (9, 0):
+        rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 128 if native else 64, 8, 4
+    elif capability >= (9, 0) and native:
         # two warp groups with 64x128 each: 64 sums a thread, and as many of the 128 of K that are not yet promoted.
         # 128x256 would need 256 registers for both. 32 KiB a stage, of 227
         rows, cols, depth, warps, stages = 128, 128, 128, 8, 4
+    elif capability >= (9, 0):
+        # bf16 is never promoted: 128 sums a thread of 128x256 fit, and such a tile reads shared memory least.
+        # 48 KiB a stage, of 227
+        rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 64, 8, 4
     else:
-        # sm_89 has 100 KiB of shared memory: 4 stages of 16 KiB leave room for the epilogue
-        rows, cols, depth, warps, stages = 128, 128, 64, 8, 4
+        # 64 sums a thread. sm_86 and sm_89 have 99 KiB of shared memory: 3 stages of the 32 KiB of bf16, 4 of the 16 of
+        # codes; sm_80 has 163
+        rows, cols, depth, warps, stages = 128, 128, 64, 8, 4 if native or capability == (8, 0) else 3
     if m > FEW_ROWS and tiles(m, n, rows, cols) < processors:
         # too few tiles to go round: smaller ones keep more multiprocessors busy
         cols = 64

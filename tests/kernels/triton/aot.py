@@ -39,6 +39,7 @@ class Built:
     target: str
     asm: dict[str, Any]
     path: Path  # of the cubin or hsaco
+    shared: int  # bytes of shared memory
 
     @cached_property
     def text(self) -> str:
@@ -123,7 +124,7 @@ def launches(target: str) -> Iterator[list[Built]]:
 def _built(name: str, target: str, kernel: Any) -> Built:
     kind = "cubin" if "cubin" in kernel.asm else "hsaco"
     path = next(Path(p) for file, p in kernel.metadata_group.items() if file.endswith(f".{kind}"))
-    return Built(name, target, kernel.asm, path)
+    return Built(name, target, kernel.asm, path, kernel.metadata.shared)
 
 
 def _run(*command: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Triton's gemm against the float64 product in Triton's interpreter; test_gemm.py runs this file in its own process.
+"""Triton's gemm against the float64 product, in Triton's interpreter; test_interpreter.py runs this file.
 
 The interpreter stands for a small sm_90 whose products are fp32, so what is tested is all but the tensor cores.
 """
@@ -228,14 +228,21 @@ def test_codes_of_sums_that_are_not_exact(activation: str) -> None:
     assert (got.amax - want.abs().max()).abs() <= off.max()
 
 
-def test_few_rows_are_read_in_place_and_more_are_aligned() -> None:
-    codes = torch.zeros(80, 70, dtype=torch.uint8)
+def test_what_the_kernel_reads() -> None:
+    """Few rows in place; codes for the tensor cores aligned and padded with zeros, and so are values in bf16."""
+    codes = torch.randint(0, 256, (80, 70), dtype=torch.uint8)
     few = Operand(codes[:FEW_ROWS], torch.ones(1, 1), E4M3)
-    assert triton_jit.readable(few, few_rows=True).codes is few.codes
+    assert triton_jit.plan(few, few).read == triton_jit.DECODED
+    assert triton_jit.readable(few, triton_jit.DECODED).codes is few.codes
     for many in (codes, codes.t(), codes[:, 1:], torch.zeros(80, 96, dtype=torch.uint8)[:, 1:65]):
-        read = triton_jit.readable(Operand(many, torch.ones(1, 1), E4M3), few_rows=False)
-        assert triton_jit.is_aligned(read.codes) and read.codes.shape[1] % 16 == 0
-        assert torch.equal(read.codes[:, : many.shape[1]], many) and not read.codes[:, many.shape[1] :].any()
+        for fmt in FMTS:
+            operand = Operand(many, torch.ones(1, 1), fmt)
+            read = triton_jit.readable(operand, triton_jit.CODES).codes
+            assert triton_jit.is_aligned(read) and read.shape[1] % 16 == 0
+            assert torch.equal(read[:, : many.shape[1]], many) and not read[:, many.shape[1] :].any()
+            decoded = triton_jit.readable(operand, triton_jit.BF16).codes
+            assert decoded.shape == read.shape and decoded.is_contiguous() and not decoded[:, many.shape[1] :].any()
+            exact(decoded[:, : many.shape[1]], fmt.decode(many).bfloat16())
 
 
 def test_the_verb_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
