@@ -12,6 +12,10 @@ void bind_dequantize_cuda(py::module_& m);
 void bind_commit_cuda(py::module_& m);
 void bind_copy_cuda(py::module_& m);
 void bind_gemm_cuda(py::module_& m);
+void bind_norm_quantize_cuda(py::module_& m);
+void bind_norm_backward_cuda(py::module_& m);
+void bind_act_quantize_cuda(py::module_& m);
+void bind_act_backward_cuda(py::module_& m);
 
 namespace {
 
@@ -49,4 +53,8 @@ PYBIND11_MODULE(FP8KERNELS_CUDA_MODULE, m) {
     bind_dequantize_cuda(m);
     bind_quantize_cuda(m);
     bind_gemm_cuda(m);
+    bind_norm_quantize_cuda(m);
+    bind_norm_backward_cuda(m);
+    bind_act_quantize_cuda(m);
+    bind_act_backward_cuda(m);
 }

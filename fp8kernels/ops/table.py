@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..kernels.act_backward import cuda as act_backward_cuda
 from ..kernels.act_backward import reference as act_backward_reference
 from ..kernels.act_backward import triton_jit as act_backward_triton
 from ..kernels.act_quantize import cpu as act_quantize_cpu
+from ..kernels.act_quantize import cuda as act_quantize_cuda
 from ..kernels.act_quantize import reference as act_quantize_reference
 from ..kernels.act_quantize import triton_jit as act_quantize_triton
 from ..kernels.commit import cpu as commit_cpu
@@ -30,9 +32,11 @@ from ..kernels.gemm import reference as gemm_reference
 from ..kernels.gemm import stream as gemm_stream
 from ..kernels.gemm import triton_jit as gemm_triton
 from ..kernels.gemm import vendor as gemm_vendor
+from ..kernels.norm_backward import cuda as norm_backward_cuda
 from ..kernels.norm_backward import reference as norm_backward_reference
 from ..kernels.norm_backward import triton_jit as norm_backward_triton
 from ..kernels.norm_quantize import cpu as norm_quantize_cpu
+from ..kernels.norm_quantize import cuda as norm_quantize_cuda
 from ..kernels.norm_quantize import reference as norm_quantize_reference
 from ..kernels.norm_quantize import triton_jit as norm_quantize_triton
 from ..kernels.quantize import cpu as quantize_cpu
@@ -75,20 +79,24 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("reference", gemm_reference.why_not, gemm_reference.gemm),
     ),
     "norm_quantize": (
+        Kernel("cuda", norm_quantize_cuda.why_not, norm_quantize_cuda.norm_quantize),
         Kernel("triton", norm_quantize_triton.why_not, norm_quantize_triton.norm_quantize),
         Kernel("cpu", norm_quantize_cpu.why_not, norm_quantize_cpu.norm_quantize),
         Kernel("reference", norm_quantize_reference.why_not, norm_quantize_reference.norm_quantize),
     ),
     "norm_backward": (
+        Kernel("cuda", norm_backward_cuda.why_not, norm_backward_cuda.norm_backward),
         Kernel("triton", norm_backward_triton.why_not, norm_backward_triton.norm_backward),
         Kernel("reference", norm_backward_reference.why_not, norm_backward_reference.norm_backward),
     ),
     "act_quantize": (
+        Kernel("cuda", act_quantize_cuda.why_not, act_quantize_cuda.act_quantize),
         Kernel("triton", act_quantize_triton.why_not, act_quantize_triton.act_quantize),
         Kernel("cpu", act_quantize_cpu.why_not, act_quantize_cpu.act_quantize),
         Kernel("reference", act_quantize_reference.why_not, act_quantize_reference.act_quantize),
     ),
     "act_backward": (
+        Kernel("cuda", act_backward_cuda.why_not, act_backward_cuda.act_backward),
         Kernel("triton", act_backward_triton.why_not, act_backward_triton.act_backward),
         Kernel("reference", act_backward_reference.why_not, act_backward_reference.act_backward),
     ),

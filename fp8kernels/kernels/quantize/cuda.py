@@ -57,6 +57,14 @@ def quantize(
 
     raises   ValueError if the block does not divide x, or scale is not on its grid; RuntimeError if nothing started
     """
+    return quantize_into(x, scale, how, results(x, scale, how, transpose=transpose), observer=observer)
+
+
+def results(x: Tensor, scale: Tensor, how: Rounding, *, transpose: bool) -> Quantized:
+    """Memory for what a call returns.
+
+    raises   ValueError if the block does not divide x, or scale is not on its grid
+    """
     grid = how.block.grid(*x.shape)
     if tuple(scale.shape) != grid:
         raise ValueError(
@@ -65,52 +73,59 @@ def quantize(
     rows, cols = x.shape
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
     codes_t = torch.empty(cols, rows, dtype=torch.uint8, device=x.device) if transpose else None
-    new_scale, amax = scale.new_empty(grid), scale.new_empty(grid)
     counts = torch.empty(4, dtype=torch.int64, device=x.device)
-    return quantize_into(x, scale, how, Quantized(codes, codes_t, new_scale, amax, counts), observer=observer)
+    return Quantized(codes, codes_t, scale.new_empty(grid), scale.new_empty(grid), counts)
 
 
 def quantize_into(
     x: Tensor, scale: Tensor, how: Rounding, out: Quantized, *, observer: Observer | None = None
 ) -> Quantized:
     """The same into tensors that are there already, contiguous."""
-    rows, cols = x.shape
-    grid_rows, grid_cols = scale.shape
     if x.numel() == 0:
         scale = torch.where(scale == 0, 1.0, scale)
         out.scale.copy_(scale if how.carrier is None else scale_of_codes(scale, how.carrier))
         out.amax.zero_()
         out.counts.zero_()
         return out
-    if x.stride(1) != 1 and cols > 1:
-        x = x.contiguous()
-    scale = scale.contiguous()
+    x, scale = rows_in_memory(x), scale.contiguous()
     with cuda.on(x.device):
-        error = _cuda.quantize(
-            x.data_ptr(),
-            INPUT_TYPES[x.dtype],
-            rows,
-            cols,
-            x.stride(0) if rows > 1 else cols,
-            grid_rows,
-            grid_cols,
-            scale.data_ptr(),
-            out.scale.data_ptr(),
-            out.amax.data_ptr(),
-            out.codes.data_ptr(),
-            0 if out.codes_t is None else out.codes_t.data_ptr(),
-            out.counts.data_ptr(),
-            0 if observer is None else observer.pending.data_ptr(),
-            0 if observer is None else observer.counters.data_ptr(),
-            how.fmt.code_id,
-            how.target,
-            2.0**how.margin,
-            how.power_of_two,
-            how.saturate,
-            NO_CARRIER if how.carrier is None else how.carrier,
-            cuda.workspace(x.device).data_ptr(),
-            cuda.processors(x.device),
-            cuda.stream(x.device),
-        )
+        error = _cuda.quantize(*arguments(x, scale, how, out, observer))
     cuda.check(error, "quantize")
     return out
+
+
+def rows_in_memory(x: Tensor) -> Tensor:
+    """x [M, K] with neighbours along K next to each other; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def arguments(
+    x: Tensor, scale: Tensor, how: Rounding, out: Quantized, observer: Observer | None
+) -> tuple[int | float | bool, ...]:
+    """What python/quantize_cuda.h reads; the tensors have to outlive the launch."""
+    rows, cols = x.shape
+    return (
+        x.data_ptr(),
+        INPUT_TYPES[x.dtype],
+        rows,
+        cols,
+        x.stride(0) if rows > 1 else cols,
+        *scale.shape,
+        scale.data_ptr(),
+        out.scale.data_ptr(),
+        out.amax.data_ptr(),
+        out.codes.data_ptr(),
+        0 if out.codes_t is None else out.codes_t.data_ptr(),
+        out.counts.data_ptr(),
+        0 if observer is None else observer.pending.data_ptr(),
+        0 if observer is None else observer.counters.data_ptr(),
+        how.fmt.code_id,
+        how.target,
+        2.0**how.margin,
+        how.power_of_two,
+        how.saturate,
+        NO_CARRIER if how.carrier is None else how.carrier,
+        cuda.workspace(x.device).data_ptr(),
+        cuda.processors(x.device),
+        cuda.stream(x.device),
+    )
