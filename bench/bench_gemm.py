@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fp8kernels.formats import E4M3, HIF8, get_format
-from fp8kernels.kernels.gemm import Operand
+from fp8kernels.kernels.gemm import Operand, fast_accumulation
 from fp8kernels.kernels.quantize import carrier
 
 from . import vendor
@@ -55,17 +56,25 @@ def versus_scaled_mm(fmt: str, shape: Shape = FULL, backend: str = "cpu") -> Cas
     return _case(fmt, pairs, backend, f"torch._scaled_mm {there}", theirs)
 
 
-def versus_vendor(fmt: str, shape: Shape = FULL, backend: str = "table") -> Case:
-    """Against the fastest of torch's tensorwise and rowwise E4M3 products (cuBLASLt, CUTLASS), padding included."""
+def versus_vendor(
+    fmt: str,
+    shape: Shape = FULL,
+    backend: str = "table",
+    fast: bool = False,  # noqa: FBT001, FBT002 - an argument of a goal
+) -> Case:
+    """Against the faster of torch's tensorwise and rowwise E4M3 products (cuBLASLt, CUTLASS), padding included.
+
+    fast   both sides leave their sums in the tensor cores; else both add them up in fp32 every 128 of K
+    """
     pairs = operands(fmt, shape, backend)
     theirs = pairs if fmt == "e4m3" else operands("e4m3", shape, backend)
     candidates = {
-        f"{name}{', fast accumulation' if fast else ''}": [make(each.x, each.w, fast=fast) for each in theirs]
-        for name, make in (("tensorwise", vendor.tensorwise), ("rowwise", vendor.rowwise))
-        for fast in (False, True)
+        "tensorwise": [vendor.tensorwise(each.x, each.w, fast=fast) for each in theirs],
+        "rowwise": [vendor.rowwise(each.x, each.w, fast=fast) for each in theirs],
     }
     name, works = vendor.faster(candidates, device_of(backend))
-    return _case(fmt, pairs, backend, "best of torch._scaled_mm tensorwise and rowwise", works, extra={"best": name})
+    against = f"best of torch._scaled_mm tensorwise and rowwise{', fast accumulation' if fast else ''}"
+    return _case(fmt, pairs, backend, against, works, extra={"best": name}, fast=fast)
 
 
 def blockwise(shape: Shape = FULL, backend: str = "table") -> Case:
@@ -128,6 +137,16 @@ def block_operands(shape: Shape, backend: str = "cpu") -> list[Pair]:
     ]
 
 
+@contextmanager
+def accumulating(*, fast: bool) -> Iterator[None]:
+    """Sums of FP8 products stay in the tensor cores inside, or do not."""
+    before = fast_accumulation(on=fast)
+    try:
+        yield
+    finally:
+        fast_accumulation(on=before)
+
+
 def _case(
     fmt: str,
     pairs: list[Pair],
@@ -138,15 +157,18 @@ def _case(
     unit: str = SPEED,
     baseline_moved: int = 0,
     extra: dict[str, object] | None = None,
+    fast: bool = False,
 ) -> Case:
     first = pairs[0]
-    chosen = pick("gemm", backend, first.x, first.w, None, torch.bfloat16)
+    with accumulating(fast=fast):
+        chosen = pick("gemm", backend, first.x, first.w, None, torch.bfloat16)
     (m, k), n = first.x.codes.shape, first.w.codes.shape[0]
     device = first.x.codes.device.type
     blocks = "tensor x tensor" if first.w.scale.numel() == 1 else "1x128 x 128x128"
 
     def product(pair: Pair) -> Tensor:
-        out: Tensor = chosen.run(pair.x, pair.w, None, torch.bfloat16)
+        with accumulating(fast=fast):
+            out: Tensor = chosen.run(pair.x, pair.w, None, torch.bfloat16)
         return out
 
     def check() -> None:
@@ -154,13 +176,15 @@ def _case(
         assert out.shape == (m, n), f"gemm gives {tuple(out.shape)}"
         rows = checked_rows(m, device)
         scale = first.x.scale if first.x.scale.shape[0] == 1 else first.x.scale[rows]
-        assert_product(out[rows], Operand(first.x.codes[rows], scale, first.x.fmt), first.w, "gemm")
+        part = Operand(first.x.codes[rows], scale, first.x.fmt)
+        assert_product(out[rows], part, first.w, "gemm", promoted=k if fast else None)
         whole = Pair(ternary(first.x, 1), ternary(first.w, 2))  # every element, to the bit
         assert_same(product(whole), ternary_product(*whole).bfloat16(), "gemm of -1, 0 and 1")
 
     ours = [partial(product, each) for each in pairs]
+    name = f"gemm {blocks} to bf16{', fast accumulation' if fast else ''}"
     return Case(
-        "gemm", f"gemm {blocks} to bf16", fmt, chosen.name, text((m, n, k)), against,
+        "gemm", name, fmt, chosen.name, text((m, n, k)), against,
         in_turn(ours), in_turn(baselines), check, (f"gemm/{chosen.name}",), flop=2 * m * n * k, unit=unit,
         moved=m * k + n * k + 2 * m * n if baseline_moved else 0, baseline_moved=baseline_moved,
         device=device, calls=len(pairs), extra=extra or {},

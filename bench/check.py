@@ -57,11 +57,17 @@ def accumulator(x: Operand, w: Operand) -> str:
     return "fp8 tensor core" if native else "bf16 tensor core"
 
 
-def assert_product(out: Tensor, x: Operand, w: Operand, what: str, bias: Tensor | None = None) -> None:
-    """`out` against the float64 product of the decoded operands, within the bound of docs/NUMERICS.md."""
+def assert_product(
+    out: Tensor, x: Operand, w: Operand, what: str, bias: Tensor | None = None, *, promoted: int | None = None
+) -> None:
+    """`out` against the float64 product of the decoded operands, within the bound of docs/NUMERICS.md.
+
+    promoted   products after which a short sum moves to fp32, where it is not the usual number of them
+    """
     left, right = decoded(x), decoded(w)
     exact = left @ right.T if bias is None else left @ right.T + bias.double()  # [M, N]
-    bound = tolerance.gemm_bound(left, right, bias, out.dtype, accumulator(x, w))
+    run = tolerance.PROMOTED if promoted is None else promoted
+    bound = tolerance.gemm_bound(left, right, bias, out.dtype, accumulator(x, w), promoted=run)
     try:
         tolerance.bounded(out, exact, bound)
     except AssertionError as error:

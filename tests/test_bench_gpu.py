@@ -193,14 +193,14 @@ def test_every_kernel_that_can_owe_has_a_case() -> None:
 
 
 def test_what_has_a_row_of_present_sources_is_passed_over() -> None:
-    everything = list(pay.goal_jobs(["gemm-llm"]))
-    assert len(everything) == len(shapes.named("products/llm"))
+    everything = list(pay.goal_jobs(["gemm-vit-fast"]))
+    assert len(everything) == len(shapes.named("products/vit"))
     first = everything[0]
     kernels = ledger.hashes(["gemm/reference"])
     row: ledger.Row = {"goal": first.goal, "shape": text(first.arguments["shape"]), "kernels": kernels}
-    assert pay.owed(["gemm-llm"], [], [row]) == everything[1:]
-    assert pay.owed(["gemm-llm"], [str(everything[1])], [row]) == everything[2:]
-    assert pay.owed(["gemm-llm"], [], [row | {"kernels": dict.fromkeys(kernels, "older")}]) == everything
+    assert pay.owed(["gemm-vit-fast"], [], [row]) == everything[1:]
+    assert pay.owed(["gemm-vit-fast"], [str(everything[1])], [row]) == everything[2:]
+    assert pay.owed(["gemm-vit-fast"], [], [row | {"kernels": dict.fromkeys(kernels, "older")}]) == everything
 
 
 def test_training_comes_last() -> None:
