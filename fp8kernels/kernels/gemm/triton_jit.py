@@ -22,19 +22,9 @@ from torch import Tensor
 from ...formats import HIF8
 from .. import triton_jit as shared
 from ..quantize import Quantized
-from ..quantize.tile.triton_jit import (
-    STATE,
-    activate,
-    finish,
-    quantize_tile,
-    scale_of_codes,
-    sink,
-    size_of,
-    store_codes,
-    usable_scale,
-)
-from ..triton_jit import E4M3_ID, SMALLEST_SCALE, bits_of, constexpr, decode, jit, number_of, round_to, to_fp32
+from ..triton_jit import E4M3_ID, constexpr, decode, jit, round_to, to_fp32
 from . import ACTIVATIONS, PLAIN, Epilogue, Operand, fast_accumulation
+from .ending.triton_jit import conclude, ending_of, load_scale, scaled, scales_of, sink_of, span_of, write
 from .triton_tile import FEW_ROWS, Tile, tile, tiles
 
 if shared.triton is not None:
@@ -43,7 +33,6 @@ if shared.triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 STEP = constexpr(128)  # of K: what a scale covers at least, and what is summed before it moves to fp32
-HALVED = constexpr(128)  # columns of a tile from which on the epilogue goes through it in halves
 ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and of rows
 LONGEST = 2**31 - 2**16  # elements of M, N or K: counted in 32 bits with a tile's overhang (offsets have 64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,10 +127,10 @@ class Machine(NamedTuple):
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """What a device is. The interpreter stands for a small sm_90; it has no Inf and NaN in 8 bits."""
-    processors = shared.processors(device)
+    """What a device is. The interpreter stands for an sm_90 of two multiprocessors; it has no Inf and NaN in 8 bits."""
     if device.type == "cpu":
-        return Machine(DESCRIPTORS_FROM, processors, takes_codes=False)
+        return Machine(DESCRIPTORS_FROM, 2, takes_codes=False)
+    processors = shared.processors(device)
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return Machine(None, processors, takes_codes=name.split(":")[0] in AMD_NATIVE)
@@ -234,57 +223,6 @@ def pointer(operand: Operand, how: Plan, side: int) -> Any:
     if how.read in (CODES, WIDENED) and operand.fmt.carrier is not None:
         codes = codes.view(operand.fmt.carrier)
     return TensorDescriptor.from_tensor(codes, [how.tile[side], how.tile.depth])
-
-
-class Scales(NamedTuple):
-    """Where the scales of an operand lie: a grid, and how many rows and columns of the codes each covers."""
-
-    grid: Tensor
-    rows: int
-    cols: int
-    across: int
-
-
-def scales_of(operand: Operand) -> Scales:
-    (rows, cols), (down, across) = operand.codes.shape, operand.scale.shape
-    return Scales(operand.scale, rows // down, cols // across, across)
-
-
-def span_of(operand: Operand) -> int:
-    """How many rows from a multiple of it on are sure to share a scale: 0 for all, 128, or 1."""
-    down = operand.scale.shape[0]
-    return 0 if down == 1 else 1 if operand.codes.shape[0] // down % STEP.value else STEP.value
-
-
-class Ending(NamedTuple):
-    """What becomes of sums, and where it is written: numbers or codes [M, N]. None is not wanted."""
-
-    bias: Tensor | None
-    residual: Tensor | None
-    residual_row: int
-    residual_col: int
-    out: Tensor
-    scale: Tensor | None
-
-
-def ending_of(bias: Tensor | None, epilogue: Epilogue, out: Any) -> Ending:
-    residual = epilogue.residual
-    row, col = (0, 0) if residual is None else residual.stride()
-    return Ending(
-        None if bias is None else bias.detach().contiguous(),
-        None if residual is None else residual.detach(),
-        row,
-        col,
-        out.codes if isinstance(out, Quantized) else out,
-        epilogue.scale,
-    )
-
-
-def sink_of(epilogue: Epilogue, out: Any) -> Any:
-    """Where codes, their amax and their counts go, or None."""
-    if not isinstance(out, Quantized):
-        return None
-    return sink(out, torch.zeros(STATE, dtype=torch.int64, device=out.codes.device), epilogue.observer)
 
 
 def sides_of(chosen: Tile) -> dict[str, int]:
@@ -461,98 +399,3 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     codes = tl.load(codes_ptr + at, mask=is_row & (col < k)[None, :], other=0)
     out = round_to(decode(codes, FMT), tl.bfloat16)
     tl.store(out_ptr + row[:, None] * cols + col[None, :], out, mask=is_row & (col < cols)[None, :])
-
-
-@jit
-def load_scale(scales, first, at, patch, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The scales of a tile's rows `at`, in one column of the grid; with ONE, that which they share, [1]."""
-    if ONE:
-        at = first + tl.arange(0, 1)
-    return tl.load(scales.grid + (at // scales.rows).to(tl.int64) * scales.across + patch)
-
-
-@jit
-def scaled(sums, x_scale, w_scale):  # type: ignore[no-untyped-def]
-    """sums * x_scale * w_scale; only the result can overflow or underflow, as the exponents are added apart."""
-    x_mantissa, x_exponent = apart(x_scale)
-    w_mantissa, w_exponent = apart(w_scale)
-    exponent = x_exponent + w_exponent
-    half = exponent >> 1
-    return sums * (x_mantissa * w_mantissa * power(half, 125)) * power(exponent - half, 127)
-
-
-@jit
-def apart(scale):  # type: ignore[no-untyped-def]
-    """Mantissa in [1, 2) and exponent of a positive number; NaN, Inf and 0 are themselves, with exponent 0."""
-    is_small = scale < SMALLEST_SCALE
-    bits = bits_of(tl.where(is_small, scale * 16777216.0, scale))  # 2**24 makes a subnormal number a normal one
-    field = (bits >> 23) & 0xFF
-    is_usual = (field != 0) & (field != 0xFF)
-    mantissa = tl.where(is_usual, number_of((bits & 0x7FFFFF) | (127 << 23)), scale)
-    return mantissa, tl.where(is_usual, field - tl.where(is_small, 127 + 24, 127), 0)
-
-
-@jit
-def power(exponent, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """2**exponent, kept within the normal numbers; sums of products have exponents far from there."""
-    return number_of((tl.minimum(tl.maximum(exponent, -126), LARGEST) + 127) << 23)
-
-
-@jit
-def write(  # type: ignore[no-untyped-def]
-    sums, top, left, m, n, x_scales, w_scales, ending, sink, X_ONE: tl.constexpr, W_ONE: tl.constexpr,
-    BLOCKED: tl.constexpr, ACTIVATION: tl.constexpr, FMT: tl.constexpr, SATURATE: tl.constexpr, CARRIER: tl.constexpr,
-):  # fmt: skip
-    """The epilogue: a tile of sums to numbers or codes, one half of the columns after the other to save registers.
-
-    returns  what is known of the codes: the largest |out| as bits, saturated and flushed as marks, not finite
-    """
-    if sums.shape[1] >= HALVED:
-        HALF: tl.constexpr = sums.shape[1] // 2
-        halves = tl.permute(tl.reshape(sums, (sums.shape[0], 2, HALF)), (0, 2, 1))
-        first, second = tl.split(halves)
-        worst, marks, strange = write(
-            first, top, left, m, n, x_scales, w_scales, ending, sink, X_ONE, W_ONE, BLOCKED, ACTIVATION, FMT, SATURATE,
-            CARRIER,
-        )  # fmt: skip
-        more, more_marks, more_strange = write(
-            second, top, left + HALF, m, n, x_scales, w_scales, ending, sink, X_ONE, W_ONE, BLOCKED, ACTIVATION, FMT,
-            SATURATE, CARRIER,
-        )  # fmt: skip
-        worst, marks, strange = tl.maximum(worst, more), marks + more_marks, strange + more_strange
-    else:
-        row, col = top + tl.arange(0, sums.shape[0]), left + tl.arange(0, sums.shape[1])
-        mask = (row < m)[:, None] & (col < n)[None, :]
-        if not BLOCKED:
-            x_scale = load_scale(x_scales, top, tl.minimum(row, m - 1), 0, X_ONE)
-            w_scale = load_scale(w_scales, left, tl.minimum(col, n - 1), 0, W_ONE)
-            sums = scaled(sums, x_scale[:, None], w_scale[None, :])
-        if ending.bias is not None:
-            sums += to_fp32(tl.load(ending.bias + col, mask=col < n, other=0.0))[None, :]
-        out = activate(sums, ACTIVATION)
-        row, col = row.to(tl.int64), col.to(tl.int64)
-        if ending.residual is not None:
-            at = row[:, None] * ending.residual_row + col[None, :] * ending.residual_col
-            out += to_fp32(tl.load(ending.residual + at, mask=mask, other=0.0))
-        worst, marks, strange = 0, 0, 0
-        if FMT is None:
-            at = row[:, None] * n + col[None, :]
-            tl.store(ending.out + at, round_to(out, ending.out.dtype.element_ty), mask=mask)
-        else:
-            out = tl.where(mask, out, 0.0)
-            scale = tl.load(ending.scale)
-            codes, mark, odd = quantize_tile(out, usable_scale(scale, scale, CARRIER), FMT, SATURATE, CARRIER)
-            store_codes(codes, sink, row, col, mask, m, n)
-            worst, marks, strange = tl.max(size_of(out)), tl.sum(mark), tl.sum(odd)
-    return worst, marks, strange
-
-
-@jit
-def conclude(seen, m, n, ending, sink, FMT: tl.constexpr, CARRIER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The scale of the codes, and what all programs saw of them."""
-    if FMT is not None:
-        if tl.program_id(0) == 0:
-            scale = tl.load(ending.scale)
-            tl.store(sink.scale, scale_of_codes(usable_scale(scale, scale, CARRIER), CARRIER))
-        worst, marks, strange = seen
-        finish(sink, worst, marks & 0xFFFF, marks >> 16, strange, tl.cast(m, tl.int64) * n, True)

@@ -16,6 +16,7 @@ from torch import Tensor
 import fp8kernels
 from fp8kernels.formats import E4M3, E5M2, FORMATS, HIF8, Format
 from fp8kernels.kernels.gemm import ACTIVATIONS, PLAIN, Epilogue, Operand, reference, triton_jit
+from fp8kernels.kernels.gemm.ending.triton_jit import HALVED
 from fp8kernels.kernels.gemm.triton_tile import FEW_ROWS
 from fp8kernels.kernels.quantize import Observer, Rounding
 from fp8kernels.kernels.quantize import reference as quantize_reference
@@ -166,7 +167,7 @@ def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogue(activation: str) -> None:
     x, w, bias = operand(70, 90, HIF8, "row"), operand(100, 90), torch.randn(100).bfloat16() * 3
-    assert triton_jit.plan(x, w).tile.cols >= triton_jit.HALVED.value
+    assert triton_jit.plan(x, w).tile.cols >= HALVED.value
     residual = torch.randn(200, 70).bfloat16().t()[:, ::2]
     check(x, w, None, (torch.bfloat16,), Epilogue(activation))
     big = w._replace(scale=w.scale * 1e4)  # where exp overflows and erf is one
