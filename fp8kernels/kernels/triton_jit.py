@@ -68,8 +68,8 @@ def too_old(device: int) -> str | None:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has; in the interpreter a few, so that its loops turn more than once."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+    """How many multiprocessors a device has; the interpreter one, so that the loops of programs turn more than once."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def fp32_bits(value: float) -> int:
