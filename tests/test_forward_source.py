@@ -264,8 +264,16 @@ def test_norms_of_other_kinds() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
+    class Nothing(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    for kind in (Scaled, Nothing):
+        model = Nested()
+        model.norm = kind(16)
+        assert reasons(model) == {}
     model = Nested()
-    model.norm = Scaled(16)
+    model.norm.forward = lambda x: x  # type: ignore[method-assign]
     assert reasons(model) == {}
     model = Nested()
     model.norm = Norm(16)
@@ -274,6 +282,33 @@ def test_norms_of_other_kinds() -> None:
     model.norm = Norm(16)
     model.norm._fast_norm = True
     assert reasons(model) == {}
+
+
+def test_a_name_must_mean_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Norm.forward.__globals__, "F", object())
+    model = Nested()
+    model.norm = Norm(16)
+    assert reasons(model) == {}
+
+
+def test_an_activation_with_another_forward() -> None:
+    mlp = Mlp(16, 32)
+    mlp.act.forward = lambda x: x  # type: ignore[method-assign]
+    assert reasons(nn.Sequential(mlp))["0"] == "no kernel computes GELU"
+
+
+class Attends(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.attention(h, h, h)[0]
+
+
+def test_attention_quantizes_for_itself() -> None:
+    assert reasons(Attends())["norm"] == "attention is a MultiheadAttention, which quantizes for itself"
 
 
 def test_modules_that_stand_in_two_places() -> None:

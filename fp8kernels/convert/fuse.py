@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from ..nn.norm import FusedNorm
 from ..nn.producer import Place, Producer, fused_class
 from ..nn.state import ScaledLayer
 from ..recipe import Recipe
-from .source import Unreadable, chain, readers, text_of
+from .source import Unreadable, chain, global_of, readers, text_of
 
 FUSED = "already fused"
 
@@ -31,10 +32,11 @@ x = x.to(torch.float32)
 variance = x.pow(2).mean(-1, keepdim=True)
 x = x * torch.rsqrt(variance + self.variance_epsilon)
 return self.weight * x.to(input_dtype)"""
-# a subclass of LayerNorm that calls the function itself, as timm's; the fast path belongs to another library
+# a subclass of LayerNorm that calls the function itself, and has a switch to a faster one, as timm's
+_CALL = r"layer_norm\(x, self\.normalized_shape, self\.weight, self\.bias, self\.eps\)"
 LAYER_NORM = re.compile(
-    r"((if self\._fast_norm:|else:|return x|\s*(x =|return) (F\.)?(fast_)?layer_norm\(x, "
-    r"self\.normalized_shape, self\.weight, self\.bias, self\.eps\))\n?)+"
+    rf"(if self\._fast_norm:\n    (x =|return) fast_{_CALL}\n(else:\n    )?)?"
+    rf"(return F\.{_CALL}|x = F\.{_CALL}\nreturn x)"
 )
 # the MLP of Llama and its relatives
 GATED_MLP = re.compile(
@@ -133,8 +135,10 @@ def _why_not(found: Fusion, counts: Counter[int], taken: set[int]) -> str | None
     if counts[id(found.module)] > 1:
         return "it is called from several places"
     for place, layer in zip(found.places, layers, strict=True):
-        if type(layer) is not scaled.Linear:
+        if not isinstance(layer, ScaledLayer):
             return f"{place.name} is not converted"
+        if type(layer) is not scaled.Linear:
+            return f"{place.name} is a {type(layer).__name__}, which quantizes for itself"
         if counts[id(layer)] > 1 or id(layer) in taken:
             return f"{place.name} is called from several places"
         if _input_rules(layer.fp8_recipe) != _input_rules(layers[0].fp8_recipe):
@@ -155,17 +159,22 @@ def _distinct(places: list[Place]) -> tuple[Place, ...]:
 
 def is_norm(module: nn.Module) -> bool:
     """torch's LayerNorm and RMSNorm, and by what their forward does transformers' RMSNorm and timm's LayerNorm."""
+    if module._modules or isinstance(module, ScaledLayer) or "forward" in module.__dict__:
+        return False
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
         return True
-    if module._modules or isinstance(module, ScaledLayer):
-        return False
     if isinstance(module, nn.LayerNorm):
-        return not getattr(module, "_fast_norm", False) and LAYER_NORM.fullmatch(text_of(module)) is not None
-    return set(module._parameters) == {"weight"} and text_of(module) == RMS_NORM
+        is_plain = not getattr(module, "_fast_norm", False) and global_of(module, "F") is F
+        return is_plain and LAYER_NORM.fullmatch(text_of(module)) is not None
+    if set(module._parameters) != {"weight"} or global_of(module, "torch") is not torch:
+        return False
+    return text_of(module) == RMS_NORM
 
 
 def activation_of(module: nn.Module) -> str | None:
     """The name of the activation that a module computes, or None if no kernel knows it."""
+    if "forward" in module.__dict__:
+        return None
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     if type(module) in (nn.SiLU, nn.ReLU):

@@ -137,6 +137,11 @@ def text_of(module: nn.Module) -> str:
         return ""
 
 
+def global_of(module: nn.Module, name: str) -> Any:
+    """What a name means in the file where the forward of a module's class is written, or None."""
+    return getattr(inspect.unwrap(type(module).forward), "__globals__", {}).get(name)
+
+
 def chain(module: nn.Module) -> list[str]:
     """The names of the submodules that a forward calls one after the other on its argument; [] if it does more."""
     try:

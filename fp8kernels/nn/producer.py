@@ -33,7 +33,8 @@ class Place(NamedTuple):
 class Producer(nn.Module):
     """Mixin in front of the class that a module had; `super().forward` is what it did before."""
 
-    fp8_original: type[nn.Module]  # the class that the module had
+    fp8_mixin: type[Producer]  # the two classes that the module's class is made of: this one, and the one it had
+    fp8_original: type[nn.Module]
     fp8_readers: tuple[ScaledLayer, ...]  # the owner first; plain attributes, as they stand elsewhere in the model
     fp8_places: tuple[Place, ...]
     fp8_parts: Any
@@ -80,7 +81,7 @@ class Producer(nn.Module):
         skipped = [
             child for child in self._modules.values() if child is not None and not isinstance(child, ScaledLayer)
         ]
-        if any(child._forward_hooks or child._forward_pre_hooks for child in skipped):
+        if any(watched(child) for child in skipped):
             return False
         return all(
             place.parent._modules.get(place.name) is reader
@@ -104,7 +105,7 @@ class Producer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: copies and pickles name what it is made of."""
-        return empty, (type(self).__mro__[1], self.fp8_original), self.__dict__
+        return empty, (self.fp8_mixin, self.fp8_original), self.__dict__
 
 
 def watched(module: nn.Module) -> bool:
@@ -117,7 +118,8 @@ def watched(module: nn.Module) -> bool:
 def fused_class(mixin: type[Producer], original: type[nn.Module]) -> type[Producer]:
     """The class of a fused module: the mixin's forward before that of the class it had."""
     if (mixin, original) not in _classes:
-        _classes[mixin, original] = type(f"Fused{original.__name__}", (mixin, original), {"fp8_original": original})
+        parts = {"fp8_mixin": mixin, "fp8_original": original}
+        _classes[mixin, original] = type(f"Fused{original.__name__}", (mixin, original), parts)
     return _classes[mixin, original]
 
 
