@@ -83,7 +83,16 @@ __device__ __forceinline__ uint8_t encode_sum(float y, float scale, const GemmEp
     }
 }
 
-// Finishes and writes out[m, n .. n + 8), or as many of them as the matrix has.
+// The numbers move up by one, as registers have no index, and `last` takes the last place.
+__device__ __forceinline__ void turn(float (&sum)[kTogether], float last) {
+#pragma unroll
+    for (int i = 0; i + 1 < kTogether; ++i) sum[i] = sum[i + 1];
+    sum[kTogether - 1] = last;
+}
+
+// Finishes and writes out[m, n .. n + 8), or as many of them as the matrix has. kUnrolled: how many numbers go through
+// activation and encoders side by side; 1 makes a small kernel where the sums are few.
+template <int kUnrolled = kTogether>
 __device__ __forceinline__ void finish_sums(float (&sum)[kTogether], int64_t m, int64_t n, const GemmEpilogue& e,
                                             EpilogueTally& tally) {
     const int64_t left = e.n - n;
@@ -98,8 +107,8 @@ __device__ __forceinline__ void finish_sums(float (&sum)[kTogether], int64_t m, 
         if (e.bias != nullptr && i < count) sum[i] += load_number(e.bias, e.bias_type, n + i);
     }
     if (e.activation != Activation::none) {
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) sum[i] = activate(sum[i], e.activation);
+#pragma unroll kUnrolled
+        for (int i = 0; i < kTogether; ++i) turn(sum, activate(sum[0], e.activation));
     }
     if (e.residual != nullptr) {
         const int64_t at = m * e.residual_stride + n;
@@ -119,19 +128,20 @@ __device__ __forceinline__ void finish_sums(float (&sum)[kTogether], int64_t m, 
     const bool wide = whole && at % kTogether == 0;  // out itself starts at a multiple of 16 bytes
     if (e.writes_codes) {
         const float scale = *e.out_scale;
-        uint8_t codes[kTogether];
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) codes[i] = i < count ? encode_sum(sum[i], scale, e, tally) : 0;
+        uint2 packed = make_uint2(0, 0);
+#pragma unroll kUnrolled
+        for (int i = 0; i < kTogether; ++i) {
+            const uint32_t code = i < count ? encode_sum(sum[0], scale, e, tally) : 0;
+            packed = make_uint2(__byte_perm(packed.x, packed.y, 0x4321), packed.y >> 8 | code << 24);
+            turn(sum, sum[0]);
+        }
         auto* to = static_cast<uint8_t*>(e.out) + at;
         if (wide) {
-            uint2 packed;
-            packed.x = codes[0] | codes[1] << 8 | codes[2] << 16 | static_cast<uint32_t>(codes[3]) << 24;
-            packed.y = codes[4] | codes[5] << 8 | codes[6] << 16 | static_cast<uint32_t>(codes[7]) << 24;
             *reinterpret_cast<uint2*>(to) = packed;
         } else {
 #pragma unroll
             for (int i = 0; i < kTogether; ++i)
-                if (i < count) to[i] = codes[i];
+                if (i < count) to[i] = static_cast<uint8_t>((i < 4 ? packed.x : packed.y) >> 8 * (i % 4));
         }
     } else if (e.out_type == NumberType::fp32) {
         auto* to = static_cast<float*>(e.out) + at;

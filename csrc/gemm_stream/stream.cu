@@ -55,16 +55,30 @@ struct Task {
     GemmEpilogue epilogue;
 };
 
-// Sixteen codes from k on; zeros, which are zero in every format, beyond the end of the row.
+// The first `left` bytes of sixteen; zeros, which are zero in every format, in place of the others.
+__device__ __forceinline__ uint4 first_bytes(const uint4& v, int left) {
+    const auto mask = [&](int bytes) { return bytes <= 0 ? 0u : bytes >= 4 ? 0xFFFFFFFFu : (1u << 8 * bytes) - 1; };
+    return make_uint4(v.x & mask(left), v.y & mask(left - 4), v.z & mask(left - 8), v.w & mask(left - 12));
+}
+
+// Sixteen bytes at any address, of which `left` are there. Words are read whole if any byte of them is there.
+__device__ __forceinline__ uint4 load_anywhere(const uint8_t* from, int left) {
+    const auto astray = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 4);
+    const auto* at = reinterpret_cast<const uint32_t*>(from - astray);
+    uint32_t words[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = 4 * i < left + astray ? __ldg(at + i) : 0;
+    const auto joined = [&](int i) { return __funnelshift_r(words[i], words[i + 1], 8 * astray); };
+    return make_uint4(joined(0), joined(1), joined(2), joined(3));
+}
+
+// Sixteen codes of a row from k on, with zeros beyond its end.
 template <bool kAligned>
 __device__ __forceinline__ uint4 load_codes(const uint8_t* row, int64_t k, int64_t end) {
-    if (kAligned && k + kWide <= end) return ptx::load_once(row + k);
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-        if (k + i < end) words[i / 4] |= static_cast<uint32_t>(row[k + i]) << 8 * (i % 4);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    if (k >= end) return make_uint4(0, 0, 0, 0);
+    const int left = end - k < kWide ? static_cast<int>(end - k) : kWide;
+    const uint4 v = kAligned ? ptx::load_once(row + k) : load_anywhere(row + k, left);
+    return left == kWide ? v : first_bytes(v, left);
 }
 
 // The rows of w of one lane: row and row + 8 of each tile of 16.
@@ -205,7 +219,7 @@ __device__ void write(const Task& task, const float (&sums)[S::kTiles][S::kGroup
         const auto* from = reinterpret_cast<const float4*>(shared + row * S::kRowOfOut + column);
         const float4 a = from[0], b = from[1];
         float eight[kTogether] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        finish_sums(eight, row, static_cast<int64_t>(blockIdx.x) * S::kN + column, task.epilogue, tally);
+        finish_sums<1>(eight, row, static_cast<int64_t>(blockIdx.x) * S::kN + column, task.epilogue, tally);
     }
     if (task.epilogue.writes_codes) note(tally, task.epilogue);
 }

@@ -3,7 +3,7 @@
 method  w is read once, decoded in registers and multiplied as fp16, which holds every value of the three formats; K is
         cut over blocks until all multiprocessors read. See README.md
 limits  sm_80 and newer; 64 rows of x at most, any formats, one scale for each tensor or row; codes of w that are
-        K-major. Rows that do not start every 16 bytes are read byte by byte
+        K-major. Rows that do not start every 16 bytes are read word by word
 equal   within the bound of docs/NUMERICS.md; the same bits in every run
 """
 
