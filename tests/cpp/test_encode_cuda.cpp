@@ -129,9 +129,31 @@ void check_format(const char* name, int carrier) {
     }
 }
 
+// The quotient of fp32 numbers is the division: random ones, and those whose quotient lies next to the middle between
+// two fp32 numbers, where one unit in the last place of a product decides.
+void check_quotients() {
+    std::mt19937 random(13);
+    std::uniform_int_distribution<uint32_t> any_bits;
+    for (int i = 0; i < 4000000; ++i) {
+        const float scale =
+            float_from_bits(fp32_bits(static_cast<int>(any_bits(random) % 160) - 60) | (any_bits(random) & 0x7FFFFFu));
+        const float y =
+            float_from_bits(fp32_bits(static_cast<int>(any_bits(random) % 38) - 22) | (any_bits(random) & 0x7FFFFFu));
+        const float above = std::nextafterf(y, INFINITY);
+        const double middle = (static_cast<double>(y) + static_cast<double>(above)) / 2;
+        const auto hard = static_cast<float>(middle * static_cast<double>(scale));
+        for (const float x : {y * scale, hard, std::nextafterf(hard, 0.0f), std::nextafterf(hard, INFINITY)}) {
+            if (!std::isfinite(x)) continue;
+            const float got = quotient<2>(x, {scale, 1.0f / scale, 0.0f});
+            CHECK(got == x / scale, "%a / %a is %a, not %a", x, scale, x / scale, got);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
+    check_quotients();
     check_format<E4M3, EncodeByAdder>("e4m3", kNoCarrier);
     check_format<E5M2, EncodeByAdder>("e5m2", kNoCarrier);
     check_format<HiF8, EncodeByTable>("hif8", kNoCarrier);
