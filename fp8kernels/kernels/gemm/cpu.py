@@ -34,7 +34,7 @@ def why_not(
         return "there is an epilogue: this kernel writes plain products"
     tensors = [("x", x.codes), ("x's scale", x.scale), ("w", w.codes), ("w's scale", w.scale)]
     for name, tensor in tensors if bias is None else [*tensors, ("bias", bias)]:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"{name} is on {tensor.device}: this kernel takes CPU tensors"
     for name, operand in (("x", x), ("w", w)):
         if operand.codes.dtype != torch.uint8 or operand.scale.dtype != torch.float32:
