@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8kernels
 from fp8kernels import RECIPES, Recipe, convert, get_recipe, revert
+from fp8kernels.kernels.compiled import EMULATED
+from fp8kernels.kernels.norm_quantize import Norm
+from fp8kernels.kernels.triton_jit import INTERPRETED
 from fp8kernels.nn import mlp as fused_mlp
 from fp8kernels.nn import norm as fused_norm
 from fp8kernels.nn.coded import CodedTensor
@@ -77,6 +80,18 @@ def test_training_is_the_same_to_the_bit(kind: type[nn.Module], recipe: str, dty
         same(fused, plain)
     assert handed(fused, batch(9).to(dtype)) == (["q", "k", "v"] if kind is Heads else ["attn.qkv", "mlp.fc1"])
     assert handed(plain, batch(9).to(dtype)) == []
+
+
+def test_the_kernels_are_those_that_this_process_is_for() -> None:
+    """test_fused_kernels.py runs tests of this file again, with the kernels of a GPU."""
+    x, ones = torch.randn(4, DIM), torch.ones(DIM)
+    wanted = "cuda" if EMULATED else "triton" if INTERPRETED else "cpu"
+    assert fp8kernels.explain("rms_norm_quantize", x, ones, 1e-6, "hif8", scale=torch.ones(1, 1)).kernel == wanted
+    assert fp8kernels.explain("swiglu_quantize", x, x, "hif8", scale=torch.ones(1, 1)).kernel == wanted
+    norm = Norm(ones, None, 1e-6, center=False)
+    wanted = "reference" if wanted == "cpu" else wanted
+    assert fp8kernels.explain("norm_backward", x, x, torch.ones(4), None, norm).kernel == wanted
+    assert fp8kernels.explain("act_backward", x, x, None, "gelu").kernel == wanted
 
 
 @pytest.mark.usefixtures("one_kernel")
