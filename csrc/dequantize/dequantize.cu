@@ -175,7 +175,7 @@ int run(const DequantizeArgs& args, int processors, void* stream) {
     const Tiling blocks = flattened(blocks_of(args.rows, args.cols, args.row_stride, args.grid_rows, args.grid_cols));
     Tiling t = blocks_of(blocks.rows, blocks.cols, blocks.stride, 1, 1);
     cut(t, kThreads, kSteps, kCount, t.rows, t.cols);
-    if (t.tiles > UINT32_MAX) return cudaErrorInvalidValue;
+    if (t.tiles > INT32_MAX) return cudaErrorInvalidValue;
     const auto at = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
     t.whole = at(args.codes) % kCount == 0 && at(args.out) % 16 == 0 &&
               (t.rows == 1 || (t.stride % kCount == 0 && t.cols % kCount == 0)) &&

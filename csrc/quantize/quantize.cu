@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) prepare_sca
     const bool one = t.blocks == 1;
     if (one && task.scale_in[0] != 0.0f) {
         if (blockIdx.x == 0 && threadIdx.x == 0) {
-            *task.scale_out = shown_scale(task, block_scale(task, task.scale_in[0], 0.0f));
+            *task.scale_out = task.decodes(task.divides(task.scale_in[0], 0.0f));
         }
         return;
     }
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) prepare_sca
     if (threadIdx.x == 0) all->arrived = 0;
     for (int64_t b = threadIdx.x; b < t.blocks; b += Input::kThreads) {
         const unsigned found = __ldcg(one ? &all->finite : reinterpret_cast<unsigned*>(task.scale_out + b));
-        task.scale_out[b] = shown_scale(task, block_scale(task, task.scale_in[b], float_from_bits(found)));
+        task.scale_out[b] = task.decodes(task.divides(task.scale_in[b], float_from_bits(found)));
         if (one) all->finite = 0;
     }
 }
@@ -136,14 +136,14 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
         float scale;
         const int64_t block = vectors.place.block;
         if (task.prepared) {
-            scale = known_scale(task, task.scale_out[block]);
+            scale = task.divides_as(task.scale_out[block]);
         } else {
             const float amax = float_from_bits(block_largest(vectors.largest(v, aside, false)));
             float finite = amax;
             if (!is_finite(amax)) finite = float_from_bits(block_largest(vectors.largest(v, aside, true)));
-            scale = block_scale(task, task.scale_in[block], finite);
+            scale = task.divides(task.scale_in[block], finite);
             if (threadIdx.x == 0) {
-                task.scale_out[block] = shown_scale(task, scale);
+                task.scale_out[block] = task.decodes(scale);
                 task.amax[block] = amax;
             }
         }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Input::kThreads, Input::kResident) quantize_ti
 template <class Input, class Encode>
 int launch_tiles(Task task, const QuantizeOnGpu& gpu) {
     const Tiling& t = task.tiling;
-    if (t.tiles > UINT32_MAX) return cudaErrorInvalidValue;
+    if (t.tiles > INT32_MAX) return cudaErrorInvalidValue;
     const int64_t most = int64_t{Input::kResident} * gpu.processors;
     const Grid grid{static_cast<unsigned>(t.tiles < most ? t.tiles : most)};
     task.prepared = t.across * t.down > 1;

@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kRunThreads, kRunResident) quantize_runs(const
             }
         }
         const int64_t own = vectors.block + lane % kBlocks;
-        const float own_scale = block_scale(task, own < t.blocks ? task.scale_in[own] : 1.0f, finite);
+        const float own_scale = task.divides(own < t.blocks ? task.scale_in[own] : 1.0f, finite);
         if (lane < kBlocks && own < t.blocks) {
-            task.scale_out[own] = shown_scale(task, own_scale);
+            task.scale_out[own] = task.decodes(own_scale);
             task.amax[own] = amax;
         }
 

@@ -1,16 +1,17 @@
-// What the kernels of quantize.cu are told, how a block's scale is made, and the vectors that are put aside.
+// What the kernels of quantize.cu are told, and the vectors that they put aside.
 #pragma once
 
 #include "cuda/launch.cuh"
 #include "quantize/inputs.cuh"
 #include "quantize/quantize_cuda.h"
 #include "quantize/report.cuh"
+#include "quantize/scaling.cuh"
 #include "quantize/tiles.cuh"
 
 namespace fp8kernels {
 namespace {
 
-struct Task {
+struct Task : Scaling {
     const void* x;
     uint8_t* codes;
     uint8_t* codes_t;  // or null: not written on the way
@@ -18,28 +19,9 @@ struct Task {
     float* scale_out;
     float* amax;
     Tiling tiling;
-    Coding coding;
-    float target;
-    ScaleRule rule;
     bool prepared;  // scale_out is known, and blocks are larger than tiles
     Report report;
 };
-
-// The scale that a block is divided by.
-__device__ inline float block_scale(const Task& task, float given, float finite_amax) {
-    const float scale = given == 0.0f ? scale_from_amax(finite_amax, task.target, task.rule) : given;
-    return task.coding.carrier == kNoCarrier ? scale : usable_scale(scale, task.coding.carrier);
-}
-
-// The same scale as what decodes the codes, and back; both products are exact.
-__device__ inline float shown_scale(const Task& task, float scale) {
-    return task.coding.carrier == kNoCarrier ? scale : __fmul_rn(scale, carrier_step(task.coding.carrier));
-}
-
-__device__ inline float known_scale(const Task& task, float shown) {
-    return task.coding.carrier == kNoCarrier ? shown
-                                             : __fmul_rn(shown, float_from_bits(fp32_bits(task.coding.carrier)));
-}
 
 __device__ inline bool is_finite(float size) { return size < float_from_bits(kInfBits); }
 

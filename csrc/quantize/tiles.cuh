@@ -17,7 +17,7 @@ struct Tiling {
     int64_t blocks, grid_cols;
     int tile_rows, tile_cols;  // extent of a tile; less at the edges of a block
     unsigned across, down;     // tiles side by side and one below the other in a block
-    int64_t tiles;             // in all; fewer than 2^32
+    int64_t tiles;             // in all; fewer than 2^31
     unsigned lanes;            // threads side by side; a power of two
     int step_rows, step_cols;  // from one vector of a thread to its next
     int64_t step, code_step;   // the same in elements of x and in codes

@@ -12,6 +12,7 @@
 #include "quantize/encode.cuh"
 #include "quantize/quantize_cuda.h"
 #include "quantize/report.cuh"
+#include "quantize/scaling.cuh"
 #include "quantize/transpose_codes.h"
 #include "rows/rows.cuh"
 
@@ -22,7 +23,7 @@ enum class Grain : int { tensor = 0, row = 1, part = 2 };  // what shares a scal
 constexpr int kPart = 128;
 constexpr int kPartLanes = kPart / kEight;  // threads that hold a part
 
-struct Sink {
+struct Sink : Scaling {
     uint8_t* codes;  // [rows, cols], dense
     int64_t cols;
     bool whole;  // eight codes always exist and go at a multiple of 8 bytes
@@ -30,21 +31,7 @@ struct Sink {
     const float* scale_in;
     float* scale_out;
     float* amax;
-    Coding coding;
-    float target;
-    ScaleRule rule;
     Report report;
-
-    // The scale that a block is divided by, from the one that was given and the block's largest finite number.
-    __device__ float divides(float given, uint32_t finite_amax) const {
-        const float scale = given == 0.0f ? scale_from_amax(float_from_bits(finite_amax), target, rule) : given;
-        return coding.carrier == kNoCarrier ? scale : usable_scale(scale, coding.carrier);
-    }
-
-    // The same as what decodes the codes; exact.
-    __device__ float decodes(float scale) const {
-        return coding.carrier == kNoCarrier ? scale : __fmul_rn(scale, carrier_step(coding.carrier));
-    }
 };
 
 // Zeros in place of what lies beyond the end.
@@ -121,7 +108,7 @@ __device__ __forceinline__ void encode_piece(const Sink& sink, const Producer& p
             });
             finite = team.max(finite);
         }
-        d = divisor(sink.divides(given, finite), sink.coding);
+        d = divisor(sink.divides(given, float_from_bits(finite)), sink.coding);
         if (leads) sink.scale_out[walk.row] = sink.decodes(d.scale);
     }
     float most = 0.0f;
@@ -139,7 +126,7 @@ __device__ __forceinline__ void encode_piece(const Sink& sink, const Producer& p
             }
             if (c >= walk.count) return;
             const int64_t part = walk.row * (sink.cols / kPart) + (walk.first + c) / kPart;
-            d = divisor(sink.divides(sink.scale_in[part], finite), sink.coding);
+            d = divisor(sink.divides(sink.scale_in[part], float_from_bits(finite)), sink.coding);
             if (threadIdx.x % kPartLanes == 0) {
                 sink.scale_out[part] = sink.decodes(d.scale);
                 sink.amax[part] = float_from_bits(bits);
@@ -164,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
                          const __grid_constant__ Producer producer, const __grid_constant__ Sink sink) {
     const float given = *sink.scale_in;
     if (given != 0.0f) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) *sink.scale_out = sink.decodes(sink.divides(given, 0));
+        if (blockIdx.x == 0 && threadIdx.x == 0) *sink.scale_out = sink.decodes(sink.divides(given, 0.0f));
         return;
     }
     Walk<kTeam, Producer::kStreams> walk(rows, dynamic_shared());
@@ -183,7 +170,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     most = block_largest(float_from_bits(most));
     if (threadIdx.x == 0) atomicMax(&all->finite, most);
     if (!last_to_arrive(all) || threadIdx.x != 0) return;
-    *sink.scale_out = sink.decodes(sink.divides(0.0f, __ldcg(&all->finite)));
+    *sink.scale_out = sink.decodes(sink.divides(0.0f, float_from_bits(__ldcg(&all->finite))));
     all->finite = 0;
     all->arrived = 0;
 }
