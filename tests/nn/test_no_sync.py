@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from fusions import handed
+from nn.blocks import Block, Heads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import fp8kernels
 from fp8kernels import Recipe, Role, convert, get_recipe
 from fp8kernels.kernels.quantize import carrier
-from fp8kernels.nn import function, step
+from fp8kernels.nn import function, producer, step
+from fp8kernels.nn import mlp as fused_mlp
+from fp8kernels.nn import norm as fused_norm
 from fp8kernels.telemetry import reading
 
 ATEN = torch.ops.aten
@@ -143,6 +147,28 @@ def test_a_step_waits_for_nothing(name: str, commits: list[int], monkeypatch: py
         train_step(net, optimizer, batches)
         train_step(net, optimizer, batches)
     assert commits == [4, 4, 4]
+
+
+@pytest.mark.parametrize("kind", [Block, Heads])
+@pytest.mark.parametrize("name", ["e4m3-row", "hif8 gradients", "carrier"])
+def test_a_step_of_fused_modules_waits_for_nothing(
+    kind: type[nn.Module], name: str, commits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same where one kernel makes codes of a norm or an activation, as on a GPU."""
+    recipe = CASES[name]
+    transposed = recipe.grad is not None and function.one_scale(recipe)
+    for module in (function, producer):
+        monkeypatch.setattr(module, "keeps_transposed", lambda device, recipe: transposed)
+    for module in (fused_norm, fused_mlp):
+        monkeypatch.setattr(module, "pays", lambda device: True)
+    net = convert(kind(128), recipe, verbose=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    batches = [torch.randn(2, 5, 128) for _ in range(2)]
+    with no_waiting():
+        for _ in range(2):
+            train_step(net, optimizer, batches)
+    assert len(commits) == 2
+    assert handed(net, batches[0])
 
 
 def test_a_step_of_fused_blocks_waits_for_nothing(commits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
