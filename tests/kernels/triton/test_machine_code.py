@@ -151,6 +151,23 @@ def test_codes_elsewhere() -> None:
     assert "v_div_fixup_f32" in tensor.text and "v_pk_fma_f32" in tensor.text
 
 
+@pytest.mark.parametrize("shape", ((1, 1), (1, 1000), (1000, 1)), ids=str)
+def test_extents_and_strides_of_one(shape: tuple[int, int]) -> None:
+    """A launcher makes constants of arguments that are 1, which a kernel must take as well."""
+    x, vector, one, how = half(*shape), half(1, shape[1])[0], torch.empty(1, 1), Rounding(E5M2, TENSOR, 15.0)
+    kind = Norm(vector, vector, 1e-6, center=True)
+    with aot.launches("sm_90") as built:
+        for transpose in (False, True):
+            codes_of(HIF8, ROW, x, transpose=transpose)
+            act_quantize.act_quantize(x, x, "relu", one, how, transpose=transpose)
+            norm_quantize.norm_quantize(x, one, kind, how, transpose=transpose)
+        act_backward.act_backward(x, x, x, "silu")
+        norm_backward.norm_backward(x, x, torch.empty(shape[0]), torch.empty(shape[0]), kind)
+        dequantize.dequantize(torch.empty(shape, dtype=torch.uint8), torch.empty(shape[0], 1), E5M2, torch.float16)
+        commit.commit([State(torch.empty(1, 1), torch.empty(1), torch.empty(1), torch.empty(1))], ScaleRule())
+    assert len({kernel.name for kernel in built}) == 10
+
+
 def test_a_whole_model_commits_in_one_launch() -> None:
     states = [State(torch.empty(3, 64), torch.empty(3), torch.empty(3), torch.empty(3)) for _ in range(40)]
     with aot.launches("sm_90") as built:
