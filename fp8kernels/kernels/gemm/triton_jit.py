@@ -42,6 +42,8 @@ DESCRIPTORS_FROM = (9, 0)
 AUTOTUNE = "FP8KERNELS_AUTOTUNE"  # =1: times the tiles below on the first product of a shape and keeps the fastest
 CODES, WIDENED, DECODED, BF16 = (constexpr(i) for i in range(4))  # how operands are read: multiplied as codes, made
 # fp16 by the hardware, made bf16 by integer arithmetic, or bf16 in memory
+KEPT, PARTLY, APART = (constexpr(i) for i in range(3))  # sums of codes: kept in the tensor cores; moved to fp32 by
+# Triton's own means, which exist for wgmma; or made from zero for each step and added
 DECODED_TILE = (32, 128)  # rows and columns of codes that a program decodes: 16 a thread, runs of 256 bytes
 PARTS_TILE = (16, 256)  # rows and columns of out that a program adds the parts of K of
 INTERPRETED = constexpr(shared.INTERPRETED)
@@ -138,6 +140,18 @@ def machine(device: torch.device) -> Machine:
     return Machine(capability, processors, takes_codes=capability >= NATIVE_FROM)
 
 
+def promotion(capability: tuple[int, int] | None) -> int:
+    """How sums of codes move to fp32: KEPT, PARTLY or APART.
+
+    The tensor cores of sm_89 and sm_90 keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2;
+    SageAttention2, arXiv 2411.10958), and what sm_12x keeps is not known. Those of sm_10x and of AMD are taken to add
+    in fp32.
+    """
+    if fast_accumulation() or capability is None or capability[0] in (10, 11):
+        return KEPT.value
+    return PARTLY.value if capability[0] == 9 else APART.value
+
+
 def is_blocked(x: Operand, w: Operand) -> bool:
     """Whether scales change along K, so that they are applied inside the sum."""
     return x.scale.shape[1] > 1 or w.scale.shape[1] > 1
@@ -184,7 +198,7 @@ def launch(x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, out:
         *x.codes.stride(), *w.codes.stride(),
         X_FMT=x.fmt.code_id, W_FMT=w.fmt.code_id, X_SPAN=span_of(x), W_SPAN=span_of(w),
         X_DESCRIPTOR=how.descriptors[0], W_DESCRIPTOR=how.descriptors[1], READ=how.read,
-        PROMOTE=not fast_accumulation(), **constants, **sides,
+        PROMOTE=promotion(machine(device).capability), **constants, **sides,
     )  # fmt: skip
     if sums is not None:
         rows, cols = PARTS_TILE
@@ -286,7 +300,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
         if not BLOCKED:
             sums = multiply(x, w, sums, X_FMT, W_FMT, READ, PROMOTE)
         else:
-            products = multiply(x, w, tl.zeros((TILE_ROWS, TILE_COLS), tl.float32), X_FMT, W_FMT, READ, False)
+            products = multiply(x, w, tl.zeros((TILE_ROWS, TILE_COLS), tl.float32), X_FMT, W_FMT, READ, KEPT)
             x_scale = load_scale(x_scales, top, x_at, depth // x_scales.cols, X_ONE)
             w_scale = load_scale(w_scales, left, w_at, depth // w_scales.cols, W_ONE)
             sums += scaled(products, x_scale[:, None], w_scale[None, :])
@@ -349,13 +363,16 @@ def load_codes(ptr, first, at, depth, k, row, col, DESCRIPTOR: tl.constexpr, TIL
 def multiply(  # type: ignore[no-untyped-def]
     x, w, sums, X_FMT: tl.constexpr, W_FMT: tl.constexpr, READ: tl.constexpr, PROMOTE: tl.constexpr
 ):
-    """sums + x @ w.T in values; with PROMOTE products of codes are first added among themselves."""
+    """sums + x @ w.T in values."""
     if INTERPRETED:  # where products in 16 bits are wrong, and Inf and NaN in 8
         x, w = values(x, X_FMT, READ), values(w, W_FMT, READ)
         sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
-    elif READ == CODES:
-        DEPTH: tl.constexpr = x.shape[1] if PROMOTE else None  # Triton's default leaves them in the tensor cores
-        sums = tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), sums, max_num_imprecise_acc=DEPTH)
+    elif READ == CODES and PROMOTE == KEPT:
+        sums = tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), sums)
+    elif READ == CODES and PROMOTE == PARTLY:
+        sums = tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), sums, max_num_imprecise_acc=x.shape[1])
+    elif READ == CODES:  # with a number of its own the product is not joined with the sum
+        sums += tl.dot(typed(x, X_FMT), tl.trans(typed(w, W_FMT)), max_num_imprecise_acc=x.shape[1])
     elif READ == WIDENED:  # fp16 holds every value of both formats, and the conversion is one instruction
         x, w = typed(x, X_FMT).to(tl.float16), typed(w, W_FMT).to(tl.float16)
         sums = tl.dot(x, tl.trans(w), sums)

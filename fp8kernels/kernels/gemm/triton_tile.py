@@ -50,21 +50,21 @@ def tile(
     elif capability is None:
         # gfx950: four wavefronts with a quarter of 128x128 each; two stages of 32 KiB, of 160
         rows, cols, depth, warps, stages = 128, 128, 128 if native else 64, 4, 2
-    elif capability >= (10, 0):
+    elif capability[0] in (10, 11):
         # sums stay in tensor memory; 128x256 is the largest single instruction. 48 KiB a stage, of 227. Scaled sums
         # are in registers: 128 columns of them
         rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 128 if native else 64, 8, 4
-    elif capability >= (9, 0) and native:
+    elif capability[0] == 9 and native:
         # two warp groups with 64x128 each: 64 sums a thread, and as many of the 128 of K that are not yet promoted.
         # 128x256 would need 256 registers for both. 32 KiB a stage, of 227
         rows, cols, depth, warps, stages = 128, 128, 128, 8, 4
-    elif capability >= (9, 0):
+    elif capability[0] == 9:
         # bf16 is never promoted: 128 sums a thread of 128x256 fit, and such a tile reads shared memory least.
         # 48 KiB a stage, of 227
         rows, cols, depth, warps, stages = 128, 128 if blocked else 256, 64, 8, 4
     else:
-        # 64 sums a thread. sm_86 and sm_89 have 99 KiB of shared memory: 3 stages of the 32 KiB of bf16, 4 of the 16 of
-        # codes; sm_80 has 163
+        # 64 sums a thread. sm_86, sm_89 and sm_12x have 99 KiB of shared memory: 3 stages of the 32 KiB of bf16, 4 of
+        # the 16 of codes; sm_80 has 163
         rows, cols, depth, warps, stages = 128, 128, 64, 8, 4 if native or capability == (8, 0) else 3
     if m > FEW_ROWS and tiles(m, n, rows, cols) < processors:
         # too few tiles to go round: smaller ones keep more multiprocessors busy

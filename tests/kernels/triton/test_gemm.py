@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fp8kernels.formats import E4M3, E5M2, HIF8, Format
-from fp8kernels.kernels.gemm import PLAIN, Epilogue, Operand, triton_jit
+from fp8kernels.kernels.gemm import PLAIN, Epilogue, Operand, fast_accumulation, triton_jit
 from fp8kernels.kernels.gemm.triton_tile import FEW_ROWS, FEWEST_STEPS, tile, tiles
 from fp8kernels.kernels.quantize import Observer, Rounding
 from fp8kernels.scaling.block import TENSOR
@@ -118,19 +118,20 @@ def test_unaligned_operands_on_hopper() -> None:
     check_resources(built)
 
 
-def test_sums_of_codes_move_to_fp32_unless_asked_otherwise() -> None:
-    from fp8kernels.kernels.gemm import fast_accumulation
-
+@pytest.mark.parametrize("target", ["sm_89", "sm_90"])
+def test_sums_of_codes_move_to_fp32_unless_asked_otherwise(target: str) -> None:
+    """One addition for each of a thread's sums and each step of K."""
     x, w = operand(SIZE, SIZE, E4M3), operand(SIZE, SIZE, E4M3)
     before = fast_accumulation(on=False)
     try:
-        promoted = compiled("sm_90", x, w)[0].sass.count("FADD")
+        promoted = compiled(target, x, w)
         fast_accumulation(on=True)
-        fast = compiled("sm_90", x, w)[0].sass.count("FADD")
+        fast = compiled(target, x, w)
     finally:
         fast_accumulation(on=before)
     sums = 128 * 128 // 256  # of a thread
-    assert promoted >= fast + sums
+    assert promoted[0].sass.count("FADD") >= fast[0].sass.count("FADD") + sums
+    check_resources(promoted + fast)
 
 
 SHAPES = list(itertools.product((1, 16, 17, 64, 65, 128, 1000, 9618), (1, 48, 768, 4096), (1, 128, 1027, 8192)))
@@ -175,6 +176,13 @@ def test_tiles_to_try_are_few_and_fit_their_descriptors(monkeypatch: pytest.Monk
     assert all(has(kernel, "QGMMA") for kernel in built)
     compiled("sm_90", x, w)
     assert len(timed) == len(triton_jit.TILES_TO_TRY)
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (12, 0), (12, 1)])
+def test_small_gpus_have_tiles_that_fit(capability: tuple[int, int]) -> None:
+    """sm_86 and sm_12x have 99 KiB as sm_89, and their instructions."""
+    for native in (False, True):
+        assert tile(4096, 4096, 4096, capability, native=native) == tile(4096, 4096, 4096, (8, 9), native=native)
 
 
 def test_a_few_rows_of_x_use_the_whole_gpu() -> None:
