@@ -10,6 +10,7 @@ namespace fp8kernels {
 namespace {
 
 constexpr int kTeam = 32, kTeams = kRowThreads / kTeam;
+constexpr int kBlocks = 2;  // of a processor: what registers allow
 
 struct Gradients {
     Activation activation;
@@ -20,7 +21,7 @@ struct Gradients {
 
 // The streams are dy, x, and other where there is one.
 template <int kStreams>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kBlocks)
     act_backward_kernel(const __grid_constant__ Rows<kStreams> rows, const __grid_constant__ Gradients to) {
     Walk<kTeam, kStreams> walk(rows, dynamic_shared());
     walk.each([&] {
@@ -31,19 +32,21 @@ __global__ void __launch_bounds__(kRowThreads, 2)
             float dy[kEight], x[kEight];
             walk.load(0, c, dy);
             walk.load(1, c, x);
-            if constexpr (kStreams == 3) {
-                float other[kEight], dother[kEight];
-                walk.load(2, c, other);
+            float other[kEight], dother[kEight], dx[kEight];
+            if constexpr (kStreams == 3) walk.load(2, c, other);
+            with_activation(to.activation, [&](auto a) {
 #pragma unroll
                 for (int i = 0; i < kEight; ++i) {
-                    dother[i] = __fmul_rn(dy[i], activate(x[i], to.activation));
-                    dy[i] = __fmul_rn(dy[i], other[i]);
+                    float g = dy[i];
+                    if constexpr (kStreams == 3) {
+                        dother[i] = __fmul_rn(g, decltype(a)::value(x[i]));
+                        g = __fmul_rn(g, other[i]);
+                    }
+                    dx[i] = __fmul_rn(g, decltype(a)::slope(x[i]));
                 }
-                store_eight(to.dother, rows.of[2].type, at, left, to.wide, dother);
-            }
-#pragma unroll
-            for (int i = 0; i < kEight; ++i) x[i] = __fmul_rn(dy[i], slope(x[i], to.activation));
-            store_eight(to.dx, rows.of[1].type, at, left, to.wide, x);
+            });
+            if constexpr (kStreams == 3) store_eight(to.dother, rows.of[2].type, at, left, to.wide, dother);
+            store_eight(to.dx, rows.of[1].type, at, left, to.wide, dx);
         });
     });
 }
@@ -56,7 +59,7 @@ int start(const Matrix (&of)[kStreams], const ActBackwardArgs& args, void* strea
     const Gradients to{args.activation, args.dx, args.dother,
                        args.cols % kEight == 0 && aligned(args.dx) && aligned(args.dother)};
     const size_t shared = rows.memory(kTeams);
-    return launch(act_backward_kernel<kStreams>, Grid{blocks_of(rows.pieces, kTeams, shared, args.processors)},
+    return launch(act_backward_kernel<kStreams>, Grid{blocks_of(rows.pieces, kTeams, shared, args.processors, kBlocks)},
                   kRowThreads, shared, stream, rows, to);
 }
 

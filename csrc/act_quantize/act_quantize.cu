@@ -25,8 +25,10 @@ struct ActRows {
     template <class Walk>
     __device__ __forceinline__ void value(const Walk& walk, const State&, int c, float (&y)[kEight]) const {
         walk.load(0, c, y);
+        with_activation(activation, [&](auto a) {
 #pragma unroll
-        for (int i = 0; i < kEight; ++i) y[i] = activate(y[i], activation);
+            for (int i = 0; i < kEight; ++i) y[i] = decltype(a)::value(y[i]);
+        });
         if constexpr (kGated) {
             float other[kEight];
             walk.load(1, c, other);

@@ -12,7 +12,8 @@
 namespace fp8kernels {
 namespace {
 
-constexpr int kStreams = 2;  // dy and x
+constexpr int kStreams = 2;                                // dy and x
+constexpr int64_t kFewColumns = kRowThreads * kEight * 4;  // up to here two blocks have the registers of a processor
 
 struct Task {
     const float* rstd;
@@ -146,7 +147,7 @@ Layout layout_of(const NormBackwardArgs& args) {
     out.rows = rows_of(of, args.rows, args.cols, args.cols, out.teams, kRowMemory);
     const size_t sums = out.teams == 1 ? 0 : static_cast<size_t>(out.teams) * args.cols * sizeof(float);
     out.shared = out.rows.memory(out.teams) > sums ? out.rows.memory(out.teams) : sums;
-    out.blocks = blocks_of(args.rows, out.teams, out.shared, args.processors);
+    out.blocks = blocks_of(args.rows, out.teams, out.shared, args.processors, args.cols <= kFewColumns ? 2 : 1);
     return out;
 }
 
@@ -166,9 +167,9 @@ int norm_backward_cuda(const NormBackwardArgs& args, void* workspace, void* stre
     const auto start = [&](auto kernel) {
         return launch(kernel, Grid{layout.blocks}, kRowThreads, layout.shared, stream, layout.rows, task);
     };
-    int error = layout.teams > 1                        ? start(norm_backward_kernel<32, 4>)
-                : args.cols <= kRowThreads * kEight * 4 ? start(norm_backward_kernel<kRowThreads, 4>)
-                                                        : start(norm_backward_kernel<kRowThreads, 8>);
+    int error = layout.teams > 1           ? start(norm_backward_kernel<32, 4>)
+                : args.cols <= kFewColumns ? start(norm_backward_kernel<kRowThreads, 4>)
+                                           : start(norm_backward_kernel<kRowThreads, 8>);
     const Grid columns{static_cast<unsigned>((args.cols + kAcross - 1) / kAcross)};
     if (error == cudaSuccess && args.dweight != nullptr) {
         error = launch(sum_columns, columns, kRowThreads, 0, stream, partials, layout.blocks, args.cols, args.dweight,

@@ -285,14 +285,14 @@ class Walk {
     }
 };
 
-// How many blocks walk together: as many as the processors hold, and not more than there are pieces.
-inline unsigned blocks_of(int64_t pieces, int teams, size_t shared, int processors) {
+// How many blocks walk together: as many as the processors hold, and not more than there are pieces. `most`: how many
+// of them a processor has registers for.
+inline unsigned blocks_of(int64_t pieces, int teams, size_t shared, int processors, int64_t most) {
     constexpr size_t kHeld = 200 << 10;  // bytes of shared memory of a processor of sm_90, less what blocks cost
-    constexpr int64_t kMost = 4;         // blocks of 256 threads, with the registers that these kernels take
-    int64_t at_a_time = shared == 0 ? kMost : static_cast<int64_t>(kHeld / shared);
-    at_a_time = at_a_time < 1 ? 1 : at_a_time > kMost ? kMost : at_a_time;
-    const int64_t needed = (pieces + teams - 1) / teams, most = at_a_time * processors;
-    return static_cast<unsigned>(needed < most ? needed : most);
+    int64_t at_a_time = shared == 0 ? most : static_cast<int64_t>(kHeld / shared);
+    at_a_time = at_a_time < 1 ? 1 : at_a_time > most ? most : at_a_time;
+    const int64_t needed = (pieces + teams - 1) / teams, held = at_a_time * processors;
+    return static_cast<unsigned>(needed < held ? needed : held);
 }
 
 }  // namespace fp8kernels

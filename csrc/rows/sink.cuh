@@ -20,6 +20,7 @@ namespace fp8kernels {
 
 enum class Grain : int { tensor = 0, row = 1, part = 2 };  // what shares a scale; part: kPart neighbours of a row
 
+constexpr int kSinkBlocks = 3;  // of a processor: what registers allow
 constexpr int kPart = 128;
 constexpr int kPartLanes = kPart / kEight;  // threads that hold a part
 
@@ -146,7 +147,7 @@ __device__ __forceinline__ void encode_piece(const Sink& sink, const Producer& p
 
 // Finds the scale of the whole tensor. It reads x only if the scale is 0, which is decided here, not on the host.
 template <class Producer, int kTeam>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kSinkBlocks)
     prepare_tensor_scale(const __grid_constant__ Rows<Producer::kStreams> rows,
                          const __grid_constant__ Producer producer, const __grid_constant__ Sink sink) {
     const float given = *sink.scale_in;
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 template <class Producer, class Encode, int kTeam>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kSinkBlocks)
     encode_rows(const __grid_constant__ Rows<Producer::kStreams> rows, const __grid_constant__ Producer producer,
                 const __grid_constant__ Sink sink) {
     __shared__ uint32_t table[Encode::kTable];
@@ -201,7 +202,7 @@ int start_team(const Matrix (&of)[Producer::kStreams], int64_t piece, const Prod
     constexpr int kTeams = kRowThreads / kTeam;
     const auto rows = rows_of(of, args.rows, args.cols, piece, kTeams, kRowMemory);
     const size_t shared = rows.memory(kTeams);
-    const Grid grid{blocks_of(rows.pieces, kTeams, shared, gpu.processors)};
+    const Grid grid{blocks_of(rows.pieces, kTeams, shared, gpu.processors, kSinkBlocks)};
     if (sink.grain == Grain::tensor) {
         const int error =
             launch(prepare_tensor_scale<Producer, kTeam>, grid, kRowThreads, shared, gpu.stream, rows, producer, sink);
