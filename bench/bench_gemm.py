@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -152,7 +152,7 @@ def _case(
     pairs: list[Pair],
     backend: str,
     against: str,
-    baselines: list[Work],
+    baselines: Sequence[Work],
     *,
     unit: str = SPEED,
     baseline_moved: int = 0,

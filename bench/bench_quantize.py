@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -85,7 +85,7 @@ def _case(
     how: Rounding,
     backend: str,
     against: str,
-    baselines: list[Work],
+    baselines: Sequence[Work],
     *,
     existing: bool,
     transpose: bool = False,

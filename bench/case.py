@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +114,7 @@ def sets(device: str, size: int) -> int:
     return cuda_time.sets_beyond_cache(size) if device == "cuda" else 1
 
 
-def in_turn(calls: list[Work]) -> Work:
+def in_turn(calls: Sequence[Work]) -> Work:
     """One call after the other. All results stay alive until the end, so that each has memory of its own."""
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 

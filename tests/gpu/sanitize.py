@@ -15,6 +15,7 @@ from gpu.lines import CUDA, Draw, Line, to
 from gpu.test_random import act_case, dequantize_case, gemm_case, norm_case, quantize_case
 
 from fp8kernels.kernels.commit import ScaleRule, State
+from fp8kernels.kernels.norm_quantize import Norm
 from fp8kernels.ops.table import TABLE
 
 CASES = {
@@ -45,29 +46,28 @@ def watch(line: Line) -> int:
             if taken == WANTED:
                 break
         return taken
-    args = arguments(line.verb)
+    args = arguments(line.verb, line.device)
     if args is None or not line.takes(*args):
         return 0
     line.kernel.run(*args)
-    torch.cuda.synchronize()
+    if line.device == CUDA:
+        torch.cuda.synchronize()
     return 1
 
 
-def arguments(verb: str) -> tuple[object, ...] | None:
-    """Arguments of the verbs that no random case is drawn for."""
-    x, dy = (torch.randn(67, 301, device=CUDA).bfloat16() for _ in range(2))
+def arguments(verb: str, device: str) -> tuple[object, ...] | None:
+    """Arguments of the verbs that no random case is drawn for; None for a verb that is new here."""
+    x, dy = (torch.randn(67, 301, device=device).bfloat16() for _ in range(2))
     if verb == "copy":
         return (x,)
     if verb == "commit":
         state = State(torch.rand(3, 7), torch.rand(3), torch.rand(3), torch.full((3,), 15.0))
-        return to([state] * 5, CUDA), ScaleRule()
+        return to([state] * 5, device), ScaleRule()
     if verb == "act_backward":
         return dy, x, dy.clone(), "silu"
     if verb == "norm_backward":
-        from fp8kernels.kernels.norm_quantize import Norm
-
-        weight = torch.ones(301, device=CUDA).bfloat16()
-        return dy, x, torch.ones(67, device=CUDA), torch.zeros(67, device=CUDA), Norm(weight, weight, 1e-5, True)
+        weight = torch.ones(301, device=device).bfloat16()
+        return dy, x, torch.ones(67, device=device), torch.zeros(67, device=device), Norm(weight, weight, 1e-5, True)
     return None
 
 
