@@ -5,7 +5,7 @@ method  the library multiplies E4M3 and E5M2 codes on the tensor cores; N and K 
 limits  sm_89 and newer; tensor and row scales; one operand E4M3; no activation, residual or codes. The scales are
         multiplied in fp32: their products, and those with the sums, have to lie in its range
 equal   within the bound of docs/NUMERICS.md for FP8 tensor cores: without fast accumulation (kernels.gemm:
-        fast_accumulation) sums move to fp32 every 128 of K
+        fast_accumulation) sums move to fp32 every 128 of K on sm_90, the only GPUs that the library has this choice for
 source  https://docs.nvidia.com/cuda/cublas (cublasLtMatmul, FP8); pytorch, aten/src/ATen/native/cuda/ScaledBlas.cpp
 """
 
