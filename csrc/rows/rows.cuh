@@ -179,12 +179,12 @@ struct Rows {
     int64_t rows, cols;
     int64_t piece;           // columns of a piece: all, or a multiple of kEight
     int64_t across, pieces;  // in a row, and in all
-    bool staged;             // pieces go through shared memory
+    int buffers;             // in shared memory: 2, or 1 without reading ahead, or 0 where a piece does not fit
     bool wide;               // every eight numbers are there, and start at a multiple of 16 bytes
     int offset[kStreams];    // bytes, of each stream in a buffer
     int buffer;              // bytes
 
-    size_t memory(int teams) const { return staged ? static_cast<size_t>(2) * teams * buffer : 0; }
+    size_t memory(int teams) const { return static_cast<size_t>(buffers) * teams * buffer; }
 };
 
 // teams: of a block; `room`: bytes of shared memory that may be used.
@@ -204,8 +204,9 @@ Rows<kStreams> rows_of(const Matrix (&of)[kStreams], int64_t rows, int64_t cols,
         bytes += piece * size_of(of[s].type);
         out.wide = out.wide && starts_wide(of[s]);
     }
-    out.staged = out.wide && 2 * teams * bytes <= static_cast<int64_t>(room);
-    out.buffer = out.staged ? static_cast<int>(bytes) : 0;
+    const int64_t fitting = static_cast<int64_t>(room) / (teams * bytes);
+    out.buffers = !out.wide ? 0 : fitting > 2 ? 2 : static_cast<int>(fitting);
+    out.buffer = out.buffers > 0 ? static_cast<int>(bytes) : 0;
     return out;
 }
 
@@ -221,7 +222,7 @@ class Walk {
     }
 
     __device__ void fetch(int64_t piece, int buffer) const {
-        if (rows_.staged && piece < rows_.pieces) {
+        if (rows_.buffers > 0 && piece < rows_.pieces) {
             const int64_t line = piece / rows_.across, first = piece % rows_.across * rows_.piece;
             const auto count = static_cast<int>(columns(first));
 #pragma unroll
@@ -244,14 +245,14 @@ class Walk {
     int count = 0;               // of its columns
 
     __device__ Walk(const Rows<kStreams>& rows, uint8_t* memory)
-        : rows_(rows), memory_(memory + threadIdx.x / kTeam * 2 * rows.buffer) {}
+        : rows_(rows), memory_(memory + threadIdx.x / kTeam * rows.buffers * rows.buffer) {}
 
     __device__ bool wide() const { return rows_.wide; }
 
     // Eight numbers of the piece from column c on; zeros beyond its end.
     __device__ __forceinline__ void load(int stream, int c, float (&x)[kEight]) const {
         const Matrix& m = rows_.of[stream];
-        if (rows_.staged && c < count) {
+        if (rows_.buffers > 0 && c < count) {
             const int size = m.type == InputType::fp32 ? 4 : 2;
             load_wide(memory_ + at_ * rows_.buffer + rows_.offset[stream] + c * size, m.type, x);
             return;
@@ -265,15 +266,20 @@ class Walk {
         constexpr int kTeams = kRowThreads / kTeam > 0 ? kRowThreads / kTeam : 1;
         const int64_t step = static_cast<int64_t>(gridDim.x) * kTeams;
         int64_t piece = static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / kTeam;
-        fetch(piece, 0);
+        const bool ahead = rows_.buffers == 2;
+        if (ahead) fetch(piece, 0);
         for (; piece < rows_.pieces; piece += step) {
-            fetch(piece + step, at_ ^ 1);
-            ptx::copies_wait<1>();
+            fetch(ahead ? piece + step : piece, ahead ? at_ ^ 1 : 0);
+            if (ahead) {
+                ptx::copies_wait<1>();
+            } else {
+                ptx::copies_wait<0>();
+            }
             row = piece / rows_.across;
             first = piece % rows_.across * rows_.piece;
             count = static_cast<int>(columns(first));
             body();
-            at_ ^= 1;
+            at_ ^= ahead ? 1 : 0;
         }
         ptx::copies_wait<0>();
     }

@@ -60,6 +60,7 @@ int main() {
              Case{"GELU of tanh, 1x128", 6, 1280, fp32, fp32, false, gelu_tanh, 6, 10, 0.0f, e4m3, 0, 0, false},
              Case{"rows", 5, 1064, bf16, fp32, true, gelu, 5, 1, 0.0f, hif8, 0, 0, false},
              Case{"short rows", 21, 40, bf16, bf16, true, relu, 21, 1, 0.0f, e4m3, 0, 0, false},
+             Case{"long rows", 5, 14336, bf16, bf16, true, silu, 5, 1, 0.0f, hif8, 0, 0, false},
              Case{"given rows", 3, 2056, bf16, bf16, true, silu, 3, 1, 0.1f, e4m3, 0, 0, false},
          }) {
         check(c, false);

@@ -88,6 +88,7 @@ int main() {
              Case{6, 1032, bf16, bf16, bf16, false, true, 0, 0},   // a block a row
              Case{5, 8200, bf16, bf16, bf16, true, true, 0, 0},    // eight times eight columns a thread
              Case{4, 1500, fp16, fp16, fp16, true, false, 0, 0},   // without weights
+             Case{5, 16384, bf16, bf16, fp32, false, true, 0, 0},  // too long for two in shared memory
              Case{3, 16384, fp32, fp32, fp32, false, true, 0, 0},  // too long to wait in shared memory
          }) {
         check(c);

@@ -113,7 +113,8 @@ int main() {
              Case{"a block a row, own scale", 3, 2312, bf16, true, 1, 1, 0.0f, hif8, 0, 0, true, kNoCarrier},
              Case{"a block a row, rows", 4, 4096, fp32, false, 4, 1, 0.0f, e4m3, 0, 0, false, kNoCarrier},
              Case{"a block a row, 1x128", 4, 2560, bf16, true, 4, 20, 0.0f, hif8, 0, 0, false, kNoCarrier},
-             Case{"too long to wait", 3, 13000, fp32, true, 1, 1, 0.02f, e4m3, 0, 0, false, kNoCarrier},
+             Case{"too long for two", 5, 13000, fp32, true, 1, 1, 0.02f, e4m3, 0, 0, false, kNoCarrier},
+             Case{"too long to wait", 3, 25000, fp32, true, 3, 1, 0.0f, e4m3, 0, 0, false, kNoCarrier},
              Case{"carrier", 7, 256, bf16, false, 1, 1, 0.3f, hif8, 0, 0, true, 4},
              Case{"carrier, rows", 7, 264, bf16, false, 7, 1, 0.0f, hif8, 0, 0, false, 4},
          }) {
