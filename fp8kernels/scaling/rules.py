@@ -22,6 +22,8 @@ def scale_from_amax(amax: Tensor, target: float | Tensor, *, margin: int = 0, po
     returns  fp32 of the same shape, in [SMALLEST_SCALE, LARGEST_SCALE]; 1 where amax is 0. With `power_of_two` it is
              rounded up to a power of two, so that dividing by it is exact
     """
+    if not isinstance(target, Tensor):
+        target = amax.new_full((), target)  # by a plain number torch multiplies with 1 / number on a GPU: two roundings
     scale = (amax / target * 2.0**margin).clamp(SMALLEST_SCALE, LARGEST_SCALE)  # frexp reads no exponent off 0 and Inf
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
