@@ -162,10 +162,10 @@ def _cuda(verb: str, backend: str) -> list[Path]:
     What is named "stream" is the backend of that name; all else is the backend "cuda".
     """
     root = device.ROOT
-    files = [*root.glob(f"python/bind_{verb}_*cuda.cpp"), *root.glob(f"csrc/{verb}/*.cu")]
+    files = [*root.glob(f"csrc/{verb}/*.cu")]
     files += [path for path in root.glob(f"csrc/{verb}_*/*") if path.suffix in (".cu", ".cpp")]
     todo = [path for path in files if ("stream" in str(path.relative_to(root))) == (backend == "stream")]
-    found = set[Path]()
+    found = set(root.glob(f"python/bind_{verb}_*cuda.cpp"))  # one for both
     while todo:
         found.add(path := todo.pop())
         included = {root / "csrc" / name for name in CUDA_INCLUDE.findall(path.read_text(encoding="utf-8"))}
