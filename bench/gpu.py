@@ -35,6 +35,7 @@ TABLE_SECONDS = 15.0  # for the table of goals, last
 MOST_FAULTS = 12
 # in the logs of pytest, the benches, compute-sanitizer and the compilers
 WRONG = re.compile(r"\bFAILED |^(ERROR|WRONG|not measured|out of time)|^=+ (Error|Invalid|Warning|ERROR SUMM)|\berror:")
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh", ".txt", ".toml")
 LINES, LINE, COMMAND = 60, 160, 300  # of what went wrong, and characters of one; of a command
 MARKER = re.compile(r"mark\.gpu\b|gpu\.lines")  # files whose tests need a GPU
 ONLY_THERE = {(9, 0): "90a", (10, 0): "100a"}  # capabilities whose newest instructions want the "a"
@@ -208,6 +209,15 @@ def failures() -> list[str]:
     return list(dict.fromkeys(found))[:LINES]
 
 
+def is_built() -> bool:
+    """Whether build/gpu holds a build that is newer than every source."""
+    built = [path.stat().st_mtime for path in TARGET.glob("*.dist-info/RECORD")]
+    sources = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
+    sources += [path for folder in ("csrc", "python", "fp8kernels") for path in (ROOT / folder).rglob("*.*")]
+    newest = max(path.stat().st_mtime for path in sources if path.suffix in SOURCES)
+    return bool(built) and max(built) > newest
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -229,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = Session(time.monotonic() + given.seconds, given.seconds)
     wanted = [step for step in STEPS if step in given.only or not given.only]
     names = [name for name in given.only if name not in STEPS]
-    built = any(TARGET.glob("fp8kernels/_cpu*"))
-    if "build" in wanted or not built:
+    if "build" in wanted or not is_built():
         code = session.run("build", build_command(arch), session.left)
         if code:
             return report(session)

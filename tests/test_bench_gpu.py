@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -235,6 +236,18 @@ def test_a_step_is_ended_at_its_limit(
     assert [word for _, word, _ in session.results] == ["ended at its limit", "FAILED with exit code 5"]
     assert gpu.report(session) == 1
     assert "a-step: WRONG one" in capsys.readouterr().out, "what is wrong is told again, at the end"
+
+
+def test_a_build_older_than_a_source_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TARGET", tmp_path)
+    assert not gpu.is_built()
+    record = tmp_path / "fp8kernels-0.dist-info" / "RECORD"
+    record.parent.mkdir()
+    record.touch()
+    os.utime(record, (time.time() + 1000,) * 2)
+    assert gpu.is_built()
+    os.utime(record, (0, 0))
+    assert not gpu.is_built()
 
 
 def test_without_a_gpu_make_gpu_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
