@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..compiled import load
+from ..compiled import EMULATED, load
 from ..quantize import Quantized
 from ..quantize.carrier import scale_of_codes, usable
 from . import ACTIVATIONS, PLAIN, Epilogue, Operand, fast_accumulation
@@ -35,13 +35,22 @@ def why_not(
     x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
 ) -> str | None:
     """Why these arguments cannot run here, or None."""
-    tensors = {"x": x.codes, "x's scale": x.scale, "w": w.codes, "w's scale": w.scale, "bias": bias}
-    reason = cuda.why_not(tensors | {"residual": epilogue.residual, "out's scale": epilogue.scale}, at_least=CAPABILITY)
+    reason = elsewhere(x, w, bias, epilogue, at_least=CAPABILITY)
     if reason is not None:
         return reason
     if not cuda.is_exactly(x.codes.device, CAPABILITY):
         return "the GPU is newer than sm_90, whose instructions (wgmma) this kernel is written in"
     return unfit(x, w, bias, out_dtype, epilogue)
+
+
+def elsewhere(
+    x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, *, at_least: tuple[int, int] = (8, 0)
+) -> str | None:
+    """Why the tensors of a product are not where a CUDA kernel can have them, or None."""
+    if x.codes.is_cpu and not EMULATED:  # said at once, as every product on a CPU asks
+        return cuda.why_not({"x": x.codes})
+    tensors = {"x": x.codes, "x's scale": x.scale, "w": w.codes, "w's scale": w.scale, "bias": bias}
+    return cuda.why_not(tensors | {"residual": epilogue.residual, "out's scale": epilogue.scale}, at_least=at_least)
 
 
 def unfit(x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue) -> str | None:

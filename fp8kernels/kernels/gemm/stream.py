@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import cuda
 from ..quantize import Quantized
 from . import PLAIN, Epilogue, Operand
-from .cuda import LARGEST, NUMBERS, launched, scales
+from .cuda import LARGEST, NUMBERS, elsewhere, launched, scales
 
 MOST_ROWS = 64  # of x: kStreamRows of csrc/gemm_stream/stream.h; beyond it the tensor cores are the limit, not memory
 
@@ -24,8 +23,7 @@ def why_not(
     x: Operand, w: Operand, bias: Tensor | None, out_dtype: torch.dtype, epilogue: Epilogue = PLAIN
 ) -> str | None:
     """Why these arguments cannot run here, or None."""
-    tensors = {"x": x.codes, "x's scale": x.scale, "w": w.codes, "w's scale": w.scale, "bias": bias}
-    reason = cuda.why_not(tensors | {"residual": epilogue.residual, "out's scale": epilogue.scale})
+    reason = elsewhere(x, w, bias, epilogue)
     return reason or unfit(x, w, bias, out_dtype, epilogue)
 
 
