@@ -44,10 +44,10 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t two) {
 
 // Copies sixteen bytes to shared memory, in its own time; both addresses are multiples of 16 [cp.async].
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(from)
+        : "memory");
 }
 
 // Closes a group of this thread's copies.
