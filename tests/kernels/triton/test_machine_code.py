@@ -73,16 +73,15 @@ def act() -> None:
 
 
 def norm() -> None:
-    for cols in (1024, 8192):
+    for cols, center, block in ((1024, False, TENSOR), (8192, True, BLOCK_1X128)):
         vector = torch.empty(cols, dtype=torch.bfloat16)
-        for kind in (Norm(vector, None, 1e-6, center=False), Norm(vector, vector, 1e-6, center=True)):
-            mean = torch.empty(SIZE) if kind.center else None
-            block = BLOCK_1X128 if kind.center else TENSOR
-            scale, how = torch.empty(block.grid(SIZE, cols)), Rounding(HIF8, block, 15.0)
-            norm_quantize.norm_quantize(half(SIZE, cols), scale, kind, how, observer=seen())
-            norm_backward.norm_backward(half(SIZE, cols), half(SIZE, cols), torch.empty(SIZE), mean, kind)
+        kind = Norm(vector, vector if center else None, 1e-6, center)
+        scale, how = torch.empty(block.grid(SIZE, cols)), Rounding(HIF8, block, 15.0)
+        norm_quantize.norm_quantize(half(SIZE, cols), scale, kind, how, observer=seen())
+        mean = torch.empty(SIZE) if center else None
+        norm_backward.norm_backward(half(SIZE, cols), half(SIZE, cols), torch.empty(SIZE), mean, kind)
     how = Rounding(HIF8, TENSOR, 15.0, carrier=4)
-    norm_quantize.norm_quantize(half(SIZE, 8192), torch.empty(1, 1), kind, how, transpose=True)
+    norm_quantize.norm_quantize(half(SIZE, cols), torch.empty(1, 1), kind, how, transpose=True)
 
 
 def others() -> None:
@@ -151,7 +150,7 @@ def test_codes_elsewhere() -> None:
     assert "v_div_fixup_f32" in tensor.text and "v_pk_fma_f32" in tensor.text
 
 
-@pytest.mark.parametrize("shape", ((1, 1), (1, 1000), (1000, 1)), ids=str)
+@pytest.mark.parametrize("shape", ((1, 1), (1000, 1)), ids=str)
 def test_extents_and_strides_of_one(shape: tuple[int, int]) -> None:
     """A launcher makes constants of arguments that are 1, which a kernel must take as well."""
     x, vector, one, how = half(*shape), half(1, shape[1])[0], torch.empty(1, 1), Rounding(E5M2, TENSOR, 15.0)
