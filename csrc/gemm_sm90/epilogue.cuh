@@ -60,7 +60,7 @@ __device__ __forceinline__ uint8_t encode_counted(float y, const GemmEpilogue& e
         const uint32_t exact = F::decode_bits(code), exponent = static_cast<uint32_t>(e.carrier) << kMantissaBits;
         const bool moves = (exact & kMagnitude) != 0 && (exact & kMagnitude) < kInfBits;  // not zero, Inf or NaN
         const uint32_t carried = moves ? exact + exponent : exact;
-        code = E4M3::encode_bits(carried, e.saturate);
+        code = E4M3::encode_bits(carried, true);  // a carrier always saturates
         const uint32_t kept = E4M3::decode_bits(code) & kMagnitude;
         above = above || (moves && kept != (carried & kMagnitude) && (carried & kMagnitude) > E4M3::kMaxBits);
         below = below || (moves && kept != (carried & kMagnitude) && (carried & kMagnitude) < E4M3::kMaxBits);

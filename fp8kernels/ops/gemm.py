@@ -217,7 +217,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return None, None, None, None, None, None, bias, None
 
 
-_PRODUCT = "Tensor x, Tensor x_scale, str x_fmt, Tensor w, Tensor w_scale, str w_fmt, Tensor? bias, ScalarType out_dtype"
+_PRODUCT = (
+    "Tensor x, Tensor x_scale, str x_fmt, Tensor w, Tensor w_scale, str w_fmt, Tensor? bias, ScalarType out_dtype"
+)
 register(f"gemm({_PRODUCT}) -> Tensor", run_gemm, _fake)
 # the same for layers that have a backward of their own: an op with a gradient costs the host four times as much
 register(f"product({_PRODUCT}) -> Tensor", run_gemm, _fake)

@@ -7,10 +7,6 @@ it; and, where the C++ tests were built, the tests of tests/gpu on the kernels t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,19 +228,3 @@ def test_errors_in_words(recorder: Recorder) -> None:
     for verb, call in calls.items():
         with pytest.raises(RuntimeError, match=f"{verb} did not start: error 700 in words"):
             call()
-
-
-@pytest.mark.parametrize("which", ["(norm or act or backwards) and cuda", "gemm and stream"])
-def test_kernels_on_the_host(which: str) -> None:
-    if importlib.util.find_spec("fp8kernels._cuda_emulated") is None:
-        pytest.skip("built without the C++ tests")
-    chosen = ["tests/gpu/test_kernels.py", "-m", "not gpu and not slow", "-k", f"({which}) and not 64_bits"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
-        env={**os.environ, "FP8KERNELS_EMULATE": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:]
