@@ -31,6 +31,8 @@ def train(rank: int, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     torch.save({"seen": torch.stack(seen), **net.state_dict()}, f"{folder}/{rank}.pt")
+    del parallel  # it holds the group, whose threads must be gone before the process is
+    dist.barrier()
     dist.destroy_process_group()
 
 
