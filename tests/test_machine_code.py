@@ -29,6 +29,9 @@ KERNELS = (  # by their names in the source
     "norm_backward_kernel",
     "sum_columns",
 )
+# what a kernel is for shows in its instructions: products of FP8 codes by warpgroups and tiles from the copy engine, or
+# fp16 products by warps
+INSTRUCTIONS = {"gemm_sm90_kernel": ("QGMMA", "UTMALDG"), "stream_kernel": ("HMMA",)}
 
 
 class Usage(NamedTuple):
@@ -96,3 +99,27 @@ def test_the_pattern_reads_what_the_tool_prints() -> None:
     """A change of the tool's words must not look like kernels without spills."""
     for usage in usages(STRICT if STRICT in architectures() else (architectures() or [STRICT])[0]):
         assert 0 < usage.registers <= 255
+
+
+@pytest.mark.parametrize("kernel", INSTRUCTIONS)
+def test_kernels_use_the_instructions_they_are_written_for(kernel: str) -> None:
+    if architectures() and STRICT not in architectures():
+        assert usages(architectures()[0])
+        return
+    names = [usage.kernel for usage in usages(STRICT) if kernel in usage.kernel]
+    assert names, f"{kernel} is not built"
+    for name, code in listings(names).items():
+        missing = [word for word in INSTRUCTIONS[kernel] if word not in code]
+        assert not missing, f"{name} has no {missing}"
+
+
+def listings(names: list[str]) -> dict[str, str]:
+    """The instructions of some kernels on sm_90a."""
+    spec, cuobjdump = importlib.util.find_spec("fp8kernels._cuda"), tool()
+    assert spec is not None and spec.origin is not None and cuobjdump is not None
+    command = [cuobjdump, "-sass", "-arch", STRICT, "-fun", ",".join(names), spec.origin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"\n\s*Function : (\S+)\n", text)
+    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert set(found) == set(names)
+    return found
