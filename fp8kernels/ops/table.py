@@ -43,7 +43,9 @@ from ..kernels.quantize import cpu as quantize_cpu
 from ..kernels.quantize import cuda as quantize_cuda
 from ..kernels.quantize import reference as quantize_reference
 from ..kernels.quantize import triton_jit as quantize_triton
+from . import proof
 
+NEED_NO_PROOF = ("cpu", "reference")  # they are tested where they run
 BACKEND_VARIABLE = "FP8KERNELS_BACKEND"  # forces one backend for every verb: that one or an error
 
 
@@ -55,7 +57,7 @@ class Kernel(NamedTuple):
     run: Callable[..., Any]
 
 
-# order is preference
+# order is preference; the reference is last
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "quantize": (
         Kernel("cuda", quantize_cuda.why_not, quantize_cuda.quantize),
@@ -127,7 +129,7 @@ def choices(verb: str, *args: Any, **kwargs: Any) -> list[Choice]:
     forced = os.environ.get(BACKEND_VARIABLE)
     out = []
     for kernel in kernels(verb):
-        reason = kernel.why_not(*args, **kwargs)
+        reason = kernel.why_not(*args, **kwargs) or _fault(verb, kernel, args)
         if reason is None and forced and kernel.name != forced:
             reason = f"{BACKEND_VARIABLE}={forced} allows that backend only"
         out.append(Choice(kernel.name, reason))
@@ -141,12 +143,19 @@ def choose(verb: str, *args: Any, **kwargs: Any) -> Kernel:
     """
     forced = os.environ.get(BACKEND_VARIABLE)
     for kernel in kernels(verb):
-        if (not forced or kernel.name == forced) and kernel.why_not(*args, **kwargs) is None:
+        if forced and kernel.name != forced:
+            continue
+        if kernel.why_not(*args, **kwargs) is None and _fault(verb, kernel, args) is None:
             return kernel
     reasons = "\n".join(f"  {name}: {reason}" for name, reason in choices(verb, *args, **kwargs))
     if forced and forced not in {kernel.name for kernel in kernels(verb)}:
         reasons += f"\n  {forced}: {verb} has no backend of that name"
     raise RuntimeError(f"no kernel can run {verb} on these arguments:\n{reasons}")
+
+
+def _fault(verb: str, kernel: Kernel, args: Any) -> str | None:
+    """Why a kernel that takes the arguments is wrong on this GPU, or None."""
+    return None if kernel.name in NEED_NO_PROOF else proof.fault(verb, kernel, kernels(verb)[-1], args)
 
 
 def kernels(verb: str) -> tuple[Kernel, ...]:
