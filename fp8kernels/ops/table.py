@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..kernels.act_backward import cuda as act_backward_cuda
 from ..kernels.act_backward import reference as act_backward_reference
 from ..kernels.act_backward import triton_jit as act_backward_triton
@@ -17,6 +19,7 @@ from ..kernels.commit import cpu as commit_cpu
 from ..kernels.commit import cuda as commit_cuda
 from ..kernels.commit import reference as commit_reference
 from ..kernels.commit import triton_jit as commit_triton
+from ..kernels.compiled import EMULATED
 from ..kernels.copy import cpu as copy_cpu
 from ..kernels.copy import cuda as copy_cuda
 from ..kernels.copy import reference as copy_reference
@@ -43,9 +46,21 @@ from ..kernels.quantize import cpu as quantize_cpu
 from ..kernels.quantize import cuda as quantize_cuda
 from ..kernels.quantize import reference as quantize_reference
 from ..kernels.quantize import triton_jit as quantize_triton
+from ..kernels.triton_jit import INTERPRETED
 from . import proof
 
 NEED_NO_PROOF = ("cpu", "reference")  # they are tested where they run
+# Where a line's tensors are: a small product takes less time than asking every other line why it cannot run
+_CUDA = ("cuda", "cpu") if EMULATED else ("cuda",)
+_TRITON = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DEVICES = {
+    "cuda": _CUDA,
+    "vendor": ("cuda",),
+    "stream": _CUDA,
+    "triton": _TRITON,
+    "decoded": ("cuda",),
+    "cpu": ("cpu",),
+}
 BACKEND_VARIABLE = "FP8KERNELS_BACKEND"  # forces one backend for every verb: that one or an error
 
 
@@ -142,8 +157,9 @@ def choose(verb: str, *args: Any, **kwargs: Any) -> Kernel:
     raises   RuntimeError with every kernel's reason, one a line, if none can
     """
     forced = os.environ.get(BACKEND_VARIABLE)
+    device = _device_type(args[0])
     for kernel in kernels(verb):
-        if forced and kernel.name != forced:
+        if (forced and kernel.name != forced) or device not in DEVICES.get(kernel.name, (device,)):
             continue
         if kernel.why_not(*args, **kwargs) is None and _fault(verb, kernel, args) is None:
             return kernel
@@ -151,6 +167,15 @@ def choose(verb: str, *args: Any, **kwargs: Any) -> Kernel:
     if forced and forced not in {kernel.name for kernel in kernels(verb)}:
         reasons += f"\n  {forced}: {verb} has no backend of that name"
     raise RuntimeError(f"no kernel can run {verb} on these arguments:\n{reasons}")
+
+
+def _device_type(first: Any) -> str:
+    """Of a verb's first argument: a tensor, a tuple that begins with one, or a list of such."""
+    while not isinstance(first, Tensor):
+        if not first:
+            return "cpu"  # no layers to commit
+        first = first[0]
+    return first.device.type
 
 
 def _fault(verb: str, kernel: Kernel, args: Any) -> str | None:

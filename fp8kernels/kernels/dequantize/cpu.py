@@ -22,7 +22,7 @@ def why_not(codes: Tensor, scale: Tensor, fmt: Format, out_dtype: torch.dtype) -
     """Why these arguments cannot run here, or None."""
     if _cpu is None:
         return MISSING
-    if codes.device.type != "cpu" or scale.device.type != "cpu":
+    if not (codes.is_cpu and scale.is_cpu):
         return f"codes are on {codes.device} and scale on {scale.device}: this kernel takes CPU tensors"
     if codes.dtype != torch.uint8 or scale.dtype != torch.float32:
         return f"codes are {codes.dtype} and scale is {scale.dtype}: they are uint8 and fp32"

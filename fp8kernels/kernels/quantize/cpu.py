@@ -29,7 +29,7 @@ def why_not(
     """Why these arguments cannot run here, or None."""
     if _cpu is None:
         return MISSING
-    if x.device.type != "cpu" or scale.device.type != "cpu":
+    if not (x.is_cpu and scale.is_cpu):
         return f"x is on {x.device} and scale on {scale.device}: this kernel takes CPU tensors"
     if x.dtype not in INPUT_TYPES:
         return f"x is {x.dtype}: this kernel takes fp32, bf16 and fp16"
@@ -47,7 +47,7 @@ def why_not(
 
 
 def _is_state(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous()
+    return x.is_cpu and x.dtype == dtype and x.is_contiguous()
 
 
 def quantize(
