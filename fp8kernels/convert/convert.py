@@ -12,7 +12,7 @@ from torch import nn
 
 from ..console import console
 from ..nn.producer import Producer, producers
-from ..nn.state import Family, ScaledLayer, copies
+from ..nn.state import RANKS_OWN, Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
 from ..recipe import Recipe, get_recipe
 from ..scaling.delayed import PREFIX, is_state
@@ -23,6 +23,7 @@ from .plan import CONVERTED, REPLACEMENTS, Decision, Filter, plan
 Model = TypeVar("Model", bound=nn.Module)
 
 ORIGINAL = "_fp8_original"  # the class a converted layer had
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 
 
 def convert(
@@ -31,6 +32,7 @@ def convert(
     *,
     filter: Filter | None = None,
     fuse: bool = True,
+    group: Any = None,
     verbose: bool = True,
 ) -> Model:
     """Make the linear layers, patch embeddings and attention projections of a model 8-bit, in place.
@@ -40,6 +42,8 @@ def convert(
     filter   (module, name) -> bool; False leaves a layer as it is
     fuse     let norms and activations hand codes to the 8-bit layers that alone read them: one rounding for q, k and v,
              and on a GPU one kernel for the norm and its rounding. Histories and scales stay those of fuse=False
+    group    with torch.distributed, the ranks that this model has scales in common with; None: they are found at the
+             first commit (ranks that hold the same layers, see nn/ranks.py)
     verbose  print what was converted, and why the rest was not
     returns  the model
     raises   ValueError if nothing can be converted (with the reasons) or the recipe is unknown; TypeError if this is no
@@ -64,7 +68,8 @@ def convert(
     _avoid_fused_encoder(model)
     if todo and not hasattr(model, "_fp8_load_check"):
         model._fp8_load_check = model.register_load_state_dict_pre_hook(_check_state)  # type: ignore[assignment]
-    watch(model)
+    watch(model, group)
+    _keep_from_broadcast(model)
     if verbose:
         console().print(table(decisions, recipe))
         if fusions:
@@ -91,6 +96,9 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and "_fp8_activation" in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop("_fp8_activation")
+    ignored = [name for name in model.__dict__.pop(DDP_IGNORES, ()) if name.rpartition(".")[2] not in RANKS_OWN]
+    if ignored:
+        model.__dict__[DDP_IGNORES] = ignored
     handle: Any = model.__dict__.pop("_fp8_load_check", None)
     if handle is not None:
         handle.remove()
@@ -162,6 +170,13 @@ def _avoid_fused_encoder(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
+def _keep_from_broadcast(model: nn.Module) -> None:
+    """DistributedDataParallel asks the module that it wraps what not to send from rank 0: what each rank has noted."""
+    own = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANKS_OWN}
+    before = getattr(model, DDP_IGNORES, ())
+    model.__dict__[DDP_IGNORES] = sorted(own.union(before))
+
+
 def _check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a foreign or damaged checkpoint before any weight is touched.
 
@@ -173,9 +188,11 @@ def _check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         given = state_dict.get(prefix + key)
         if given is None or not isinstance(given, torch.Tensor):
             continue
-        if given.shape != value.shape:
-            hint = "; it was saved with another window" if key.endswith(f"{PREFIX}history") else ""
-            wrong.append(f"{key}: shape {tuple(given.shape)}, the model has {tuple(value.shape)}{hint}")
+        fits = given.shape == value.shape
+        if key.endswith(f"{PREFIX}history"):  # of another window: trimmed or extended
+            fits = given.ndim == value.ndim and given.shape[0] == value.shape[0]
+        if not fits:
+            wrong.append(f"{key}: shape {tuple(given.shape)}, the model has {tuple(value.shape)}")
         elif is_state(key) and given.is_floating_point() and not bool((given.isfinite() & (given >= 0)).all()):
             wrong.append(f"{key}: holds a negative or non-finite number")
     if wrong:

@@ -70,7 +70,7 @@ class MultiheadAttention(ScaledLayer, nn.MultiheadAttention):
         return [self._linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.fp8_warm:
+        if not self.fp8_on:
             self.fp8_watch(x, weight)
             return F.linear(x, weight, bias)
         return scaled_linear(self, x, weight, bias)

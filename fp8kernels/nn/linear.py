@@ -35,7 +35,7 @@ class Linear(ScaledLayer, nn.Linear):
         self.attach(get_recipe(recipe).replace(overrides=()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fp8_warm:
+        if not self.fp8_on:
             self.fp8_watch(x, self.weight)
             return F.linear(x, self.weight, self.bias)
         return scaled_linear(self, x, self.weight, self.bias)
@@ -53,7 +53,7 @@ class _PatchConv(ScaledLayer):
         weight = self.weight.flatten(1)  # [out, in * prod(kernel)]
         unbatched = x.ndim == len(self.kernel_size) + 1
         patches = to_patches(x.unsqueeze(0) if unbatched else x, self.kernel_size, self.in_channels)  # [B, *grid, K]
-        if self.fp8_warm:
+        if self.fp8_on:
             out = scaled_linear(self, patches, weight, self.bias)  # [B, *grid, out]
         else:
             self.fp8_watch(patches, weight)

@@ -1,7 +1,7 @@
 """What modules share whose result goes to 8-bit linear layers and nowhere else: they may make the codes themselves.
 
 The first of the layers that read the result is its owner: the codes are made with the owner's scale and noted in the
-owner's state, once. A commit then tells the other readers what they would have seen (`share`), so that histories and
+owner's state, once. A commit then tells the other readers what they would have seen (`pairs`), so that histories and
 scales of all are those of a model whose layers quantize for themselves.
 """
 
@@ -85,7 +85,7 @@ class Producer(nn.Module):
             return False
         return all(
             place.parent._modules.get(place.name) is reader
-            and reader.fp8_warm
+            and reader.fp8_on
             and reader.training == first.training
             and not watched(reader)
             for place, reader in zip(self.fp8_places, self.fp8_readers, strict=True)
@@ -180,20 +180,18 @@ def ask(readers: tuple[ScaledLayer, ...], x: Tensor) -> Ask:
     return Ask(scale, first.fp8_pending[INPUT : INPUT + 1], first.fp8_counters[INPUT], how, fmt)
 
 
-def share(found: list[ScaledLayer]) -> None:
-    """Before a commit: readers beside the owner take what it noted of the input that they have in common."""
+def pairs(found: list[ScaledLayer]) -> list[tuple[ScaledLayer, ScaledLayer]]:
+    """(other reader, first reader) of codes that two of the layers read: a commit tells the other what was noted."""
+    if not producers:
+        return []
     present = {id(layer) for layer in found}
-    pairs = []
-    for producer in list(producers):
-        first, *others = producer.fp8_readers
-        if first.training and id(first) in present:
-            pairs += [(other, first) for other in others if other.training and id(other) in present]
-    if not pairs:
-        return
-    pending = [[layer.fp8_pending[INPUT] for layer in side] for side in zip(*pairs, strict=True)]
-    counters = [[layer.fp8_counters[INPUT] for layer in side] for side in zip(*pairs, strict=True)]
-    torch._foreach_maximum_(pending[0], pending[1])
-    torch._foreach_copy_(counters[0], counters[1])
+    return [
+        (other, first)
+        for first, *others in (producer.fp8_readers for producer in list(producers))
+        if id(first) in present
+        for other in others
+        if id(other) in present
+    ]
 
 
-__all__ = ["Ask", "CodedTensor", "Place", "Producer", "ask", "fused_class", "pays", "producers", "share"]
+__all__ = ["Ask", "CodedTensor", "Place", "Producer", "ask", "fused_class", "pairs", "pays", "producers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,15 @@ from ..kernels.commit import State
 from ..kernels.quantize import carrier as carriers
 from ..recipe import Recipe, Role
 from ..scaling.block import get_block
-from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, new_state
+from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
+from ..scaling.rules import get_algorithm, scale_from_amax
+from .kept import Kept, may_keep
+
+FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares")  # attributes that a copy of a layer does without
+RANKS_OWN = ("fp8_pending", "fp8_counters")  # buffers that differ from rank to rank until a commit
+
+_ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # instances of it that know
 
 
 class Family:
@@ -42,6 +51,11 @@ class Coded(NamedTuple):
 
 
 copies: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()  # layers that came to be by deepcopy or unpickling
+generation = 0  # grows whenever a layer's state may have got other tensors
+
+
+class RecipeWarning(UserWarning):
+    """A checkpoint holds scales of another recipe."""
 
 
 class ScaledLayer(nn.Module):
@@ -51,6 +65,8 @@ class ScaledLayer(nn.Module):
     fp8_name: str
     fp8_family: Family
     fp8_warm: bool  # whether the recipe's warm-up steps are over
+    fp8_high: bool  # whether the alarm's policy "fallback" has taken the layer to high precision
+    fp8_kept: Kept  # the weight's codes, from one commit to the next
     fp8_routes: tuple[str, ...]  # of the three roles: the recipe's; the counters turn "auto" into "exact"
     fp8_shifts: tuple[int | None, ...]  # the k of the three roles' carriers, where there is one
     fp8_history: Tensor
@@ -58,7 +74,8 @@ class ScaledLayer(nn.Module):
     fp8_scale: Tensor
     fp8_counters: Tensor
     fp8_step: Tensor
-    fp8_target: Tensor  # fp32 [3], where the amax of each role lands; follows from the recipe, not saved
+    fp8_fallback: Tensor
+    fp8_target: Tensor  # fp32 [3], where amax lands; 0 where a scale is held. Follows from the recipe, not saved
 
     def attach(self, recipe: Recipe, name: str = "", family: Family | None = None) -> None:
         """Give the layer a recipe and an empty state, on the device of its weight."""
@@ -68,32 +85,41 @@ class ScaledLayer(nn.Module):
         self.fp8_warm = recipe.warmup_steps == 0
         self.fp8_routes = tuple("exact" if role is None else role.route for role in recipe.roles())
         self.fp8_shifts = tuple(recipe.carrier(index) for index in range(len(ROLES)))
+        self.fp8_high, self.fp8_kept = False, Kept()
         for key, value in new_state(recipe.window, device).items():
             self.register_buffer(key, value)
-        targets = [recipe.target(index) for index in range(len(ROLES))]
-        self.register_buffer("fp8_target", torch.tensor(targets, device=device), persistent=False)
+        self.register_buffer("fp8_target", self._targets(device), persistent=False)
+        _moved()
+
+    def _targets(self, device: Any) -> Tensor:
+        """Where the amax of each role lands; a static scale does not move, which 0 says."""
+        held = [role is not None and role.scaling == "static" for role in self.fp8_recipe.roles()]
+        return torch.tensor([0.0 if h else self.fp8_recipe.target(i) for i, h in enumerate(held)], device=device)
 
     def detach_state(self) -> None:
         """Take recipe and state away again."""
         for key in [key for key in self._buffers if key.startswith(PREFIX)]:
             del self._buffers[key]
             self._non_persistent_buffers_set.discard(key)
-        for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts"):
+        for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts", "fp8_high"):
             self.__dict__.pop(key, None)
+        for key in FLEETING:
+            self.__dict__.pop(key, None)
+        _moved()
 
     def fp8_state(self) -> State:
         """The tensors that a commit updates."""
         return State(self.fp8_history, self.fp8_pending, self.fp8_scale, self.fp8_target)
 
-    def fp8_hold_static(self) -> None:
-        """Static scales do not move: what was seen of their tensors does not reach the history."""
-        for index, role in enumerate(self.fp8_recipe.roles()):
-            if role is not None and role.scaling == "static":
-                self.fp8_pending[index].zero_()
-
     def fp8_sync_step(self) -> None:
-        """Read from the state whether warm-up is over."""
+        """Read from the state whether warm-up is over, and whether the layer fell back to high precision."""
         self.fp8_warm = self.fp8_recipe.warmup_steps == 0 or int(self.fp8_step) >= self.fp8_recipe.warmup_steps
+        self.fp8_high = bool(self.fp8_fallback[0])
+
+    @property
+    def fp8_on(self) -> bool:
+        """Whether the layer computes in 8 bits now: not while it warms up or has fallen back to high precision."""
+        return self.fp8_warm and not self.fp8_high
 
     def fp8_carrier(self, index: int, device: torch.device) -> int | None:
         """The k of the carrier that a role's tensor on a device travels as, or None: codes of the role's own format."""
@@ -108,7 +134,19 @@ class ScaledLayer(nn.Module):
         transpose  keep the transposed codes too
         exact      in the role's own format also where the layer computes with a carrier
         """
+        if index != WEIGHT or exact or not self.training or not may_keep(x):
+            return self._quantize(x, index, transpose=transpose, exact=exact)
+        self.fp8_kept.watch(x, self.fp8_name)
+        coded = self.fp8_kept.find(x, transpose=transpose)
+        if coded is None:
+            coded = self._quantize(x, index, transpose=transpose)
+            self.fp8_kept.keep(x, coded)
+        return coded
+
+    def _quantize(self, x: Tensor, index: int, *, transpose: bool, exact: bool = False) -> Coded:
         recipe = self.fp8_recipe
+        if self.training:
+            leave_to_ranks()
         return quantize_role(
             x.detach(),
             (recipe.input, recipe.weight)[index],
@@ -131,7 +169,18 @@ class ScaledLayer(nn.Module):
         before = {key: value for key, value in self._buffers.items() if key.startswith(PREFIX)}
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
+        was = before.get("fp8_scale")
+        if was is not None and was.is_meta and not self.fp8_scale.is_meta:
+            self._start(self.fp8_scale.device)
+        _moved()
         return self
+
+    def _start(self, device: Any) -> None:
+        """An empty state on a device: what comes off the meta device holds anything."""
+        state = new_state(self.fp8_recipe.window, device) | {"fp8_target": self._targets(device)}
+        for key, value in state.items():
+            self._buffers[key] = value
+        self.fp8_sync_step()
 
     def _load_from_state_dict(
         self,
@@ -143,18 +192,67 @@ class ScaledLayer(nn.Module):
         *rest: Any,
     ) -> None:
         """A checkpoint of the unconverted model loads too: missing state is no missing key."""
+        history = state_dict.get(f"{prefix}fp8_history")
+        if isinstance(history, Tensor) and history.ndim == 2:
+            state_dict[f"{prefix}fp8_history"] = fit_window(history, self.fp8_recipe.window)
         own: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, *rest)
         missing_keys.extend(key for key in own if not key[len(prefix) :].startswith(PREFIX))
-        if self.fp8_step.device.type != "meta":
+        weight = next(self.parameters(recurse=False))
+        if self.fp8_scale.is_meta and not weight.is_meta:  # assigned, from a checkpoint without scaling state
+            self._start(weight.device)
+        if not self.fp8_scale.is_meta:
+            if self.fp8_target.is_meta:
+                self._buffers["fp8_target"] = self._targets(self.fp8_scale.device)
+            self._follow_histories()
             self.fp8_sync_step()
+        self.fp8_kept.drop(allowed=False)
+        _moved()
+
+    @torch.no_grad()
+    def _follow_histories(self) -> None:
+        """Scales are what the recipe makes of the histories: those of another recipe's checkpoint are made again."""
+        recipe = self.fp8_recipe
+        amax = get_algorithm(recipe.algorithm)(self.fp8_history)  # [3]
+        target = torch.where(self.fp8_target > 0, self.fp8_target, 1.0)
+        scale = scale_from_amax(amax, target, power_of_two=recipe.power_of_two)  # [3]
+        moves = (amax > 0) & (self.fp8_target > 0) & (scale != self.fp8_scale)
+        if bool(moves.any()):
+            self.fp8_scale.copy_(torch.where(moves, scale, self.fp8_scale))
+            warnings.warn(
+                f"the checkpoint's scales are not those that {recipe.name!r} makes of its amax histories (another "
+                f"format, target, margin, algorithm or window); they were made again from the histories",
+                RecipeWarning,
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without what only holds for this layer's own tensors."""
+        return {key: value for key, value in self.__dict__.items() if key not in FLEETING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.fp8_kept = Kept()
         copies.add(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fp8={self.fp8_recipe.name!r}"
+
+
+def _moved() -> None:
+    global generation
+    generation += 1
+
+
+def leave_to_ranks() -> None:
+    """DistributedDataParallel sends the buffers of rank 0 to all ranks before a forward; not what a step has noted."""
+    parallel = None if _ddp is None or torch.compiler.is_compiling() else _ddp._active_ddp_module
+    if parallel is None or parallel in _told:
+        return
+    _told.add(parallel)
+    parallel.parameters_to_ignore.update(
+        name for name, _ in parallel.module.named_buffers() if name.rpartition(".")[2] in RANKS_OWN
+    )
 
 
 def keep_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:

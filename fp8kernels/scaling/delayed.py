@@ -26,7 +26,9 @@ def new_state(window: int, device: torch.device | str | None = None) -> dict[str
     fp8_pending   fp32 [3], the largest amax since the last commit
     fp8_scale     fp32 [3], 0 until the first commit
     fp8_counters  int64 [3, 4], since the layer was converted
-    fp8_step      int64 [], commits in which the model was seen
+    fp8_step      int64 [], commits in which the layer was seen
+    fp8_fallback  int64 [2], whether the layer has fallen back to high precision, and for how many steps in a row there
+                  was reason to change that
     """
     roles = len(ROLES)
     return {
@@ -35,7 +37,15 @@ def new_state(window: int, device: torch.device | str | None = None) -> dict[str
         "fp8_scale": torch.zeros(roles, device=device),
         "fp8_counters": torch.zeros(roles, COUNTERS, dtype=torch.int64, device=device),
         "fp8_step": torch.zeros((), dtype=torch.int64, device=device),
+        "fp8_fallback": torch.zeros(2, dtype=torch.int64, device=device),
     }
+
+
+def fit_window(history: Tensor, window: int) -> Tensor:
+    """A history [T, any] as [T, window]: the newest slots, and empty ones where there are fewer."""
+    if history.shape[1] >= window:
+        return history[:, :window]
+    return torch.nn.functional.pad(history, (0, window - history.shape[1]))
 
 
 def is_state(key: str) -> bool:

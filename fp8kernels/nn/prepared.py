@@ -1,0 +1,137 @@
+"""What a commit needs of a list of layers, collected once: 500 layers have 2,500 tensors, and asking each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.commit import ScaleRule
+from ..ops import commit_states
+from ..scaling.delayed import INPUT
+from . import state
+from .producer import pairs
+from .state import ScaledLayer
+
+PREPARED, SHARES = "fp8_prepared", "fp8_shares"  # attributes of the first layer of a list; copies are without them
+
+
+class Prepared:
+    """The tensors of a list of layers, and the calls that commit them; good until a tensor is replaced."""
+
+    def __init__(self, found: list[ScaledLayer]) -> None:
+        self.layers = found
+        self.generation = state.generation
+        self.pending = [layer.fp8_pending for layer in found]
+        self.history = [layer.fp8_history for layer in found]
+        self.address = self.pending[0].data_ptr()
+        self.commits: list[Callable[[], None]] = [
+            prepare([layer.fp8_state() for layer in members], rule) for rule, members in _by_rule(found).items()
+        ]
+        self.readers = pairs(found)
+        self.sharing = _views(self.readers)
+        self.keeps = [not any(_sharded(p) for p in layer.parameters(recurse=False)) for layer in found]
+
+    def holds(self, found: list[ScaledLayer]) -> bool:
+        """Whether these are the layers, and their tensors are where they were."""
+        return (
+            self.generation == state.generation
+            and len(self.layers) == len(found)
+            and all(map(is_, self.layers, found))
+            and all(map(is_, self.pending, [layer._buffers["fp8_pending"] for layer in found]))
+            and all(map(is_, self.history, [layer._buffers["fp8_history"] for layer in found]))
+            and self.pending[0].data_ptr() == self.address
+            and self.readers == pairs(found)
+        )
+
+    def share(self) -> None:
+        """Readers of codes that were made for another layer take what that one noted of their common input."""
+        if not self.readers:
+            return
+        training = [first.training and other.training for other, first in self.readers]
+        views = (
+            self.sharing
+            if all(training)
+            else _views([p for p, both in zip(self.readers, training, strict=True) if both])
+        )
+        if views[0]:
+            torch._foreach_maximum_(views[0], views[1])
+            torch._foreach_copy_(views[2], views[3])
+
+    def reduce(self, owner: nn.Module | None, group: Any) -> None:
+        """MAX over the ranks that hold the same layers: one collective of one flat tensor for each such group."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1):
+            return
+        for share in self._shares(owner, group):
+            pending = [self.pending[index] for index in share.indices]
+            flat = torch.cat(pending)
+            distributed.all_reduce(flat, distributed.ReduceOp.MAX, group=share.group)
+            torch._foreach_copy_(pending, list(flat.split(pending[0].numel())))
+
+    def _shares(self, owner: nn.Module | None, group: Any) -> Any:
+        """Found out once for a list of layers: ranks meet for it, and must not do so alone."""
+        from .ranks import shares  # needs a torch that was built with torch.distributed
+
+        asked = (torch.distributed.group.WORLD, group, [layer.fp8_name for layer in self.layers])
+        known = self.layers[0].__dict__.get(SHARES)
+        if known is None or known[0] != asked:
+            known = asked, shares(self.layers, owner, group)
+            self.layers[0].__dict__[SHARES] = known
+        return known[1]
+
+    def run(self) -> None:
+        """Pending enters the histories, histories become scales; kept weight codes go; warm-up may end."""
+        seen = [(p > 0).any().to(torch.int64) for p in self.pending]
+        torch._foreach_add_([layer.fp8_step for layer in self.layers], seen)
+        for commit in self.commits:
+            commit()
+        for layer, keeps in zip(self.layers, self.keeps, strict=True):
+            layer.fp8_kept.drop(allowed=keeps)
+            if not layer.fp8_warm:
+                layer.fp8_sync_step()
+
+
+def prepare(states: Any, rule: ScaleRule) -> Callable[[], None]:
+    def run() -> None:
+        for _, pending, _, target in states:
+            pending.copy_(torch.where(target > 0, pending, 0.0))
+        commit_states(states, rule)
+
+    return run
+
+
+def prepared(found: list[ScaledLayer]) -> Prepared:
+    """What was prepared for these layers, or is now."""
+    known = found[0].__dict__.get(PREPARED)
+    if known is None or not known.holds(found):
+        known = Prepared(found)
+        found[0].__dict__[PREPARED] = known
+    return known
+
+
+def _by_rule(found: list[ScaledLayer]) -> dict[ScaleRule, list[ScaledLayer]]:
+    """Layers that one fused update can serve; margin is part of each layer's target."""
+    groups: dict[ScaleRule, list[ScaledLayer]] = {}
+    for layer in found:
+        recipe = layer.fp8_recipe
+        rule = ScaleRule(recipe.algorithm, 0, recipe.power_of_two)
+        groups.setdefault(rule, []).append(layer)
+    return groups
+
+
+def _views(readers: list[tuple[ScaledLayer, ScaledLayer]]) -> tuple[list[Tensor], ...]:
+    """What the readers noted of their input, and what the first readers did: pending, pending, counters, counters."""
+    others, firsts = [other for other, _ in readers], [first for _, first in readers]
+    return (
+        *([layer.fp8_pending[INPUT] for layer in side] for side in (others, firsts)),
+        *([layer.fp8_counters[INPUT] for layer in side] for side in (others, firsts)),
+    )
+
+
+def _sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as those of FSDP2 are between forwards."""
+    return hasattr(p, "device_mesh")
