@@ -10,7 +10,9 @@ from torch import Tensor
 from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
 from .coded import codes_for
+from .dtensor import is_dtensor
 from .state import Coded, ScaledLayer, quantize_role
+from .tensor_parallel import over_shards
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -24,6 +26,8 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     A CodedTensor that was made for this layer is not quantized again. The codes, not the high-precision tensors, are
     kept for the backward. raises TypeError for float64 and integer x
     """
+    if is_dtensor(weight) or is_dtensor(x):
+        return over_shards(scaled_linear, layer, x, weight, bias)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"layer {layer.fp8_name!r}: input is {x.dtype}, it must be float32, bfloat16 or float16")
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ops.check import FLOATS
 from ..scaling.delayed import INPUT
 from .coded import CodedTensor, Straight
+from .dtensor import is_dtensor
 from .function import keeps_transposed
 from .state import Coded, ScaledLayer, role_arguments
 
@@ -76,7 +77,7 @@ class Producer(nn.Module):
         if torch.compiler.is_compiling():
             return False
         first = self.fp8_readers[0]
-        if x.dtype not in FLOATS or x.device != first.fp8_scale.device or x.ndim < 1:
+        if x.dtype not in FLOATS or x.device != first.fp8_scale.device or x.ndim < 1 or is_dtensor(x):
             return False
         skipped = [
             child for child in self._modules.values() if child is not None and not isinstance(child, ScaledLayer)
@@ -88,6 +89,7 @@ class Producer(nn.Module):
             and reader.fp8_on
             and reader.training == first.training
             and not watched(reader)
+            and not is_dtensor(reader._parameters.get("weight"))
             for place, reader in zip(self.fp8_places, self.fp8_readers, strict=True)
         )
 

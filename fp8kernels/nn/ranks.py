@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Held(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    recipe: str
+    recipe: dict[str, str]
     amax: float
 
 
@@ -95,11 +96,12 @@ def mesh_ranks(x: Tensor) -> tuple[int, ...] | None:
     return None if mesh is None else tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
-def recipe_key(recipe: Recipe) -> str:
-    """A recipe in words that are the same on every rank."""
+def recipe_key(recipe: Recipe) -> dict[str, str]:
+    """What a recipe says, field by field, in words that are the same on every rank; its name says nothing."""
+    words = {field.name: repr(getattr(recipe, field.name)) for field in fields(recipe) if field.name != "name"}
     if callable(recipe.algorithm):
-        recipe = recipe.replace(algorithm="max", name=f"{recipe.name} with {recipe.algorithm.__qualname__}")
-    return repr(recipe)
+        words["algorithm"] = recipe.algorithm.__qualname__
+    return words
 
 
 def meet(own: Member, ranks: tuple[int, ...]) -> dict[int, Member]:
@@ -119,8 +121,9 @@ def meet(own: Member, ranks: tuple[int, ...]) -> dict[int, Member]:
         if not missing:
             raise
         raise RuntimeError(
-            f"commit: rank {rank} waited for ranks {missing} until the process group's timeout: they committed nothing. "
-            f"Every rank that holds 8-bit layers must step an optimizer; name the ranks that do: convert(model, group=…)"
+            f"commit: rank {rank} waited for ranks {missing} until the process group's timeout: they committed "
+            f"nothing. Every rank with 8-bit layers must step an optimizer; else name those that do: "
+            f"convert(model, group=…)"
         ) from error
     digests = {r: store.get(key).decode() for r, key in keys.items()}
     read = {d: _member(json.loads(store.get(f"{prefix}/text/{d}"))) for d in set(digests.values())}
@@ -222,11 +225,11 @@ def _agree(a: int, first: Member, b: int, second: Member) -> None:
 def difference(a: int, first: Member, b: int, second: Member) -> str | None:
     """What two ranks that hold the same layers disagree on, in words, or None."""
     mine, theirs = ({held.name: held for held in member.layers} for member in (first, second))
-    for name in mine.keys() & theirs.keys():
-        if mine[name].recipe != theirs[name].recipe:
-            return (
-                f"layer {name!r} has the recipe {mine[name].recipe} on rank {a} and {theirs[name].recipe} on rank {b}"
-            )
+    for name in sorted(mine.keys() & theirs.keys()):
+        one, two = mine[name].recipe, theirs[name].recipe
+        for key in sorted(one.keys() | two.keys()):
+            if one.get(key) != two.get(key):
+                return f"layer {name!r} has {key}={one.get(key)} on rank {a} and {key}={two.get(key)} on rank {b}"
     for has, lacks, of, member in ((mine, theirs, (a, b), second), (theirs, mine, (b, a), first)):
         plain = dict(member.plain)
         for name in sorted(has.keys() - lacks.keys()):

@@ -17,6 +17,7 @@ from ..recipe import Recipe, Role
 from ..scaling.block import get_block
 from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
 from ..scaling.rules import get_algorithm, scale_from_amax
+from .dtensor import is_dtensor, local
 from .kept import Kept, may_keep
 
 FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares")  # attributes that a copy of a layer does without
@@ -161,8 +162,20 @@ class ScaledLayer(nn.Module):
     def fp8_watch(self, x: Tensor, w: Tensor) -> None:
         """Warm-up: note what is seen, so that histories fill, and compute nothing with it."""
         if self.training:
-            self.fp8_quantize(x, INPUT)
-            self.fp8_quantize(w, WEIGHT)
+            self.fp8_quantize(local(x), INPUT)
+            self.fp8_quantize(local(w), WEIGHT)
+
+    def fp8_keep_plain(self) -> None:
+        """The state is each rank's own until a commit: DTensors that were made of it are plain tensors again."""
+        for key, value in self._buffers.items():
+            if key.startswith(PREFIX) and is_dtensor(value):
+                self._buffers[key] = local(value)
+                _moved()
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """parallelize_module makes DTensors of all buffers of a layer, and then registers its hook."""
+        self.fp8_keep_plain()
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`: the state moves between devices and keeps its dtypes."""
