@@ -23,6 +23,8 @@ class Prepared:
     """The tensors of a list of layers, and the calls that commit them; good until a tensor is replaced."""
 
     def __init__(self, found: list[ScaledLayer]) -> None:
+        for layer in found:
+            layer.fp8_keep_plain()
         self.layers = found
         self.generation = state.generation
         self.pending = [layer.fp8_pending for layer in found]
