@@ -11,8 +11,9 @@ from torch import nn
 from .. import nn as scaled
 from ..nn.linear import why_not_patches
 from ..ops.check import FLOATS
-from ..recipe import Recipe, Role
+from ..recipe import Recipe, Role, matches
 from ..scaling.block import get_block
+from . import adapters
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -53,7 +54,7 @@ def plan(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[D
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
-        decision = decide(name, module, recipe, keep)
+        decision = decide(name, module, recipe, keep, adapters.origin(model, name))
         if id(module) in plain_attention:
             decision = Decision(name, module, None, "its MultiheadAttention is not converted, and goes past it")
         if isinstance(module, nn.MultiheadAttention) and decision.recipe is None and decision.reason != CONVERTED:
@@ -62,8 +63,11 @@ def plan(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[D
     return out
 
 
-def decide(name: str, module: nn.Module, recipe: Recipe, keep: Filter | None) -> Decision:
+def decide(
+    name: str, module: nn.Module, recipe: Recipe, keep: Filter | None, origin: adapters.Origin | None = None
+) -> Decision:
     """The decision for one layer."""
+    origin = origin or adapters.Origin(name)
     if isinstance(module, scaled.ScaledLayer):
         return Decision(name, module, None, CONVERTED)
     if type(module) not in REPLACEMENTS:
@@ -73,9 +77,11 @@ def decide(name: str, module: nn.Module, recipe: Recipe, keep: Filter | None) ->
         )
     if keep is not None and not keep(module, name):
         return Decision(name, module, None, "excluded by the filter")
-    own, pattern = recipe.for_layer(name)
+    own, pattern = recipe.for_layer(origin.name)
     if own is None:
         return Decision(name, module, None, f"the recipe leaves {pattern!r} as it is")
+    if origin.adapts is not None and (pattern is None or matches(pattern, origin.adapts)):
+        return Decision(name, module, None, adapters.REASON)
     reason = why_not(module, own)
     return Decision(name, module, own if reason is None else None, reason)
 
