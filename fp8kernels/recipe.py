@@ -14,7 +14,7 @@ from .scaling.block import get_block
 from .scaling.rules import Algorithm, get_algorithm
 
 SCALINGS = ("delayed", "current", "static")
-POLICIES = ("warn", "raise", "ignore")
+POLICIES = ("warn", "raise", "fallback", "ignore")
 DELAYED_HEAD_ROOM = 1.5  # times the amax of past steps that a carrier of delayed scaling still holds, at least
 ROUTES = ("auto", "carrier", "exact")
 
@@ -63,20 +63,27 @@ class Role:
 class Alarm:
     """When a layer that saturates is reported, and when HiF8 with route="auto" leaves its carrier.
 
-    policy    "warn", "raise" or "ignore"
+    policy    "warn", "raise", "ignore", or "fallback": the layer computes in high precision until it would no longer
+              saturate
     fraction  of a tensor's elements that saturate within one step; of a carrier's, that it saturates or flushes
     steps     optimizer steps in a row
+    recover   optimizer steps in a row with at most half of the fraction, after which a layer in high precision is 8-bit
+              again
     """
 
     policy: str = "warn"
     fraction: float = 1e-3
     steps: int = 3
+    recover: int = 100
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(_unknown("alarm policy", self.policy, POLICIES))
-        if self.steps < 1 or self.fraction < 0:
-            raise ValueError(f"Alarm(fraction={self.fraction}, steps={self.steps}): fraction >= 0 and steps >= 1")
+        if self.steps < 1 or self.recover < 1 or self.fraction < 0:
+            raise ValueError(
+                f"Alarm(fraction={self.fraction}, steps={self.steps}, recover={self.recover}): they must be "
+                f"at least 0, 1 and 1"
+            )
 
 
 @dataclass(frozen=True)
