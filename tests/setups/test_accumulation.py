@@ -1,4 +1,4 @@
-"""Several forwards to one optimizer step, modules and weights in more than one place, and layers that sit a step out."""
+"""Several forwards to one optimizer step, modules and weights in several places, layers that sit a step out."""
 
 from __future__ import annotations
 
