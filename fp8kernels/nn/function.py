@@ -11,6 +11,7 @@ from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
 from .coded import codes_for
 from .dtensor import is_dtensor
+from .gathered import gathered_codes
 from .state import Coded, ScaledLayer, quantize_role
 from .tensor_parallel import over_shards
 
@@ -46,7 +47,9 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     x_coded = codes_for(layer, x, transpose=transpose and weight.requires_grad)
     if x_coded is None:
         x_coded = layer.fp8_quantize(x, INPUT, transpose=transpose and weight.requires_grad)
-    w_coded = layer.fp8_quantize(weight, WEIGHT, transpose=transpose and x.requires_grad)
+    w_coded = gathered_codes(weight, transpose=transpose and x.requires_grad)
+    if w_coded is None:
+        w_coded = layer.fp8_quantize(weight, WEIGHT, transpose=transpose and x.requires_grad)
     if not needs_grad:
         return product(x_coded, w_coded, bias, dtype)
     observer = (layer.fp8_pending, layer.fp8_counters) if layer.training else (None, None)

@@ -67,6 +67,7 @@ class ScaledLayer(nn.Module):
     fp8_family: Family
     fp8_warm: bool  # whether the recipe's warm-up steps are over
     fp8_high: bool  # whether the alarm's policy "fallback" has taken the layer to high precision
+    fp8_scaled: tuple[int, tuple[bool, ...]] = (-1, ())  # of which generation of the state, which roles have a scale
     fp8_kept: Kept  # the weight's codes, from one commit to the next
     fp8_routes: tuple[str, ...]  # of the three roles: the recipe's; the counters turn "auto" into "exact"
     fp8_shifts: tuple[int | None, ...]  # the k of the three roles' carriers, where there is one

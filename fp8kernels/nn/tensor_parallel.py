@@ -6,10 +6,11 @@
     Shard(other)  Replicate   as x                   w.grad, bias.grad Partial              sequence, batch
     Replicate     Replicate   Replicate              nothing
 
-for each dimension of the mesh. Collectives are DTensor's own, made when a result is redistributed. A delayed scale is one
-number for the whole tensor, as commits reduce over all ranks, so each shard is rounded to the codes that it would have in
-a single process. Where a scale is made of the tensor itself (no history yet, or scaling="current" with block="tensor"),
-the amax of the whole tensor is reduced over the mesh first. Blocks smaller than the tensor are a shard's own.
+for each dimension of the mesh. Collectives are DTensor's own, made when a result is redistributed. A delayed scale is
+one number for the whole tensor, as commits reduce over all ranks, so each shard is rounded to the codes that it would
+have in a single process. Where a scale is made of the tensor itself (no history yet, or scaling="current" with
+block="tensor"), the amax of the whole tensor is reduced over the mesh first. Blocks smaller than the tensor are a
+shard's own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..scaling.delayed import GRAD, INPUT, ROLES, WEIGHT
 from ..scaling.rules import scale_from_amax
 from . import state
 from .dtensor import is_dtensor
+from .gathered import GatheredWeight
 from .state import ScaledLayer
 
 Run = Callable[[ScaledLayer, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -66,6 +68,7 @@ def over_shards(run: Run, layer: ScaledLayer, x: Any, weight: Any, bias: Any) ->
     groups = [mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     spread = [any(p.is_shard() for p in t.placements) for t in (x, weight)]
+    spread[WEIGHT] &= not isinstance(w_local, GatheredWeight)  # codes that were made with the whole tensor's scale
     spread.append(needs_grad and any(s.out.is_shard() for s in splits))
     lacking = own_scaled(layer, [index for index in range(len(ROLES)) if spread[index] and groups])
     if not lacking:
@@ -103,9 +106,9 @@ def _splits(layer: ScaledLayer, x: Any, weight: Any, bias: Any) -> list[Split]:
     if any(s is None for s in splits):
         said = ", ".join(f"{name} {tuple(t.placements)}" for name, t in given.items())
         raise ValueError(
-            f"layer {layer.fp8_name!r}: {said} do not multiply shard by shard. The input must be Replicate for a weight "
-            f"that is Shard(0), Shard({x.ndim - 1}) for Shard(1), and Replicate or Shard of another dimension for "
-            f"Replicate; a bias goes with Shard(0) as Shard(0), else as Replicate. Redistribute the input with "
+            f"layer {layer.fp8_name!r}: {said} do not multiply shard by shard. The input must be Replicate for a "
+            f"weight that is Shard(0), Shard({x.ndim - 1}) for Shard(1), and Replicate or Shard of another dimension "
+            f"for Replicate; a bias goes with Shard(0) as Shard(0), else as Replicate. Redistribute the input with "
             f"x.redistribute(placements=…), or name its layout to ColwiseParallel or RowwiseParallel(input_layouts=…)"
         )
     return [s for s in splits if s is not None]
@@ -133,23 +136,38 @@ def own_scaled(layer: ScaledLayer, roles: Sequence[int]) -> list[int]:
     """Those of the roles whose scale is one number, made of the tensor itself.
 
     Whether a history has made a scale is known on the device; it is read until it has, and then kept. A trace or a
-    captured graph does not read: it reduces once more than is needed, which changes nothing.
+    captured graph cannot read and asks the next commit; until then it may reduce once more than needed, which changes
+    nothing.
     """
     recipe = layer.fp8_recipe
     whole = [(index, role) for index in roles if (role := recipe.roles()[index]) is not None and role.block == "tensor"]
-    known, has = layer.__dict__.get("fp8_scaled", (None, (False,) * len(ROLES)))
-    if known != state.generation:
-        has = (False,) * len(ROLES)
-    if any(role.scaling != "current" and not has[index] for index, role in whole) and _can_read(layer):
-        has = tuple((layer.fp8_scale > 0).tolist())
-        layer.__dict__["fp8_scaled"] = state.generation, has
+    has = _has_scales(layer)
+    if any(role.scaling != "current" and not has[index] for index, role in whole):
+        if torch.compiler.is_compiling() or (layer.fp8_scale.is_cuda and torch.cuda.is_current_stream_capturing()):
+            layer.fp8_asks = True  # type: ignore[assignment]
+        else:
+            has = _read([layer])[0]
     return [index for index, role in whole if role.scaling == "current" or not has[index]]
 
 
-def _can_read(layer: ScaledLayer) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return not (layer.fp8_scale.is_cuda and torch.cuda.is_current_stream_capturing())
+def _has_scales(layer: ScaledLayer) -> tuple[bool, ...]:
+    """Of which roles a scale was seen, since the layer's state was last replaced."""
+    generation, has = layer.fp8_scaled
+    return has if generation == state.generation else (False,) * len(ROLES)
+
+
+def _read(found: Sequence[ScaledLayer]) -> list[tuple[bool, ...]]:
+    has = [tuple(row) for row in (torch.stack([layer.fp8_scale for layer in found]) > 0).tolist()]
+    for layer, scales in zip(found, has, strict=True):
+        layer.fp8_scaled = state.generation, scales
+    return has
+
+
+def answer(found: list[ScaledLayer]) -> None:
+    """After a commit: read the scales of the layers that asked."""
+    asking = [layer for layer in found if layer.__dict__.pop("fp8_asks", False)]
+    if asking:
+        _read(asking)
 
 
 def own_scales(layer: ScaledLayer) -> Tensor:
@@ -189,7 +207,7 @@ def fill(layer: ScaledLayer, scale: Tensor, roles: Sequence[int], amax: Tensor) 
 
 
 def whole_amax(shards: Sequence[Tensor], groups: Sequence[Any]) -> Tensor:
-    """fp32 [len(shards)]: the largest finite magnitudes of tensors, over all their shards, in one collective a group."""
+    """fp32 [len(shards)]: the largest finite magnitudes of tensors over all their shards, one collective a group."""
     amax = torch.stack([finite_amax(x) for x in shards])
     for group in groups:
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=group)
@@ -205,7 +223,7 @@ def finite_amax(x: Tensor) -> Tensor:
 
 
 class _WholeGradient(torch.autograd.Function):
-    """Between a layer and its result: the scale of the whole output gradient is there before the backward rounds a shard."""
+    """Between a layer and its result: the scale of the whole output gradient, before the backward rounds a shard."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, layer: ScaledLayer, scale: Tensor, groups: Sequence[Any]) -> Tensor:
