@@ -76,19 +76,21 @@ def outcomes(worker: Callable[..., Any], count: int, *args: Any, limit: float = 
         if stuck:
             where = "\n".join(f"rank {rank}:\n{Path(folder, f'{rank}.stack').read_text()}" for rank in stuck)
             raise AssertionError(f"ranks {stuck} did not end within {limit:.0f} s\n{where}")
-        return [_outcome(Path(folder, f"{rank}.pt"), process.exitcode) for rank, process in enumerate(processes)]
+        return [_outcome(Path(folder), rank, process.exitcode) for rank, process in enumerate(processes)]
 
 
-def _outcome(path: Path, code: int) -> Outcome:
-    if path.exists():
-        outcome: Outcome = torch.load(path, weights_only=False)
+def _outcome(folder: Path, rank: int, code: int) -> Outcome:
+    if (folder / f"{rank}.pt").exists():
+        outcome: Outcome = torch.load(folder / f"{rank}.pt", weights_only=False)
         return outcome
-    return Outcome(error=f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return Outcome(error=how, trace=(folder / f"{rank}.stack").read_text())
 
 
 def _rank(worker: Callable[..., Any], rank: int, count: int, args: tuple[Any, ...], folder: str, limit: float) -> None:
     """One process, from its start to its end."""
     with Path(folder, f"{rank}.stack").open("w") as stack:
+        faulthandler.enable(file=stack)
         faulthandler.dump_traceback_later(limit - 2, file=stack)
         torch.set_num_threads(1)  # the same sums whatever the machine, and ranks that do not fight for cores
         torch.manual_seed(0)
