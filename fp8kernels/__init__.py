@@ -19,6 +19,7 @@ from . import nn, serving
 from .convert import convert, plan, revert
 from .export import export
 from .formats import E4M3, E5M2, FORMATS, HIF8, Format, get_format
+from .nn.fallback import FallbackWarning
 from .nn.sharded import all_gather_codes
 from .nn.step import commit
 from .ops import (
@@ -53,6 +54,7 @@ __all__ = [
     "Alarm",
     "Block",
     "CarrierWarning",
+    "FallbackWarning",
     "Format",
     "QTensor",
     "Recipe",

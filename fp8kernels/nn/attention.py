@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .function import scaled_linear
+from .high import high_linear
 from .state import ScaledLayer
 
 
@@ -70,10 +71,7 @@ class MultiheadAttention(ScaledLayer, nn.MultiheadAttention):
         return [self._linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.fp8_on:
-            self.fp8_watch(x, weight)
-            return F.linear(x, weight, bias)
-        return scaled_linear(self, x, weight, bias)
+        return (scaled_linear if self.fp8_on else high_linear)(self, x, weight, bias)
 
 
 def _mask(padding: Tensor | None, mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype) -> Tensor | None:

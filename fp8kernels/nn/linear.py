@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..recipe import Recipe, get_recipe
 from .function import scaled_linear
+from .high import high_linear
 from .state import ScaledLayer
 
 
@@ -35,10 +35,7 @@ class Linear(ScaledLayer, nn.Linear):
         self.attach(get_recipe(recipe).replace(overrides=()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fp8_on:
-            self.fp8_watch(x, self.weight)
-            return F.linear(x, self.weight, self.bias)
-        return scaled_linear(self, x, self.weight, self.bias)
+        return (scaled_linear if self.fp8_on else high_linear)(self, x, self.weight, self.bias)
 
 
 class _PatchConv(ScaledLayer):
@@ -53,11 +50,7 @@ class _PatchConv(ScaledLayer):
         weight = self.weight.flatten(1)  # [out, in * prod(kernel)]
         unbatched = x.ndim == len(self.kernel_size) + 1
         patches = to_patches(x.unsqueeze(0) if unbatched else x, self.kernel_size, self.in_channels)  # [B, *grid, K]
-        if self.fp8_on:
-            out = scaled_linear(self, patches, weight, self.bias)  # [B, *grid, out]
-        else:
-            self.fp8_watch(patches, weight)
-            out = F.linear(patches, weight, self.bias)
+        out = (scaled_linear if self.fp8_on else high_linear)(self, patches, weight, self.bias)  # [B, *grid, out]
         out = out.movedim(-1, 1)  # [B, out, *grid]
         return out.squeeze(0) if unbatched else out
 

@@ -13,6 +13,7 @@ from ..kernels.commit import ScaleRule
 from ..ops import commit_states
 from ..scaling.delayed import INPUT
 from . import state
+from .fallback import fallbacks
 from .producer import pairs
 from .state import ScaledLayer
 
@@ -35,6 +36,11 @@ class Prepared:
         ]
         self.readers = pairs(found)
         self.sharing = _views(self.readers)
+        self.fallbacks = fallbacks(found)
+        places = {id(layer): index for index, layer in enumerate(found)}
+        self.fractions = {
+            places[id(layer)]: row for f in self.fallbacks for layer, row in zip(f.layers, f.fractions, strict=True)
+        }
         self.keeps = [not any(_sharded(p) for p in layer.parameters(recurse=False)) for layer in found]
 
     def holds(self, found: list[ScaledLayer]) -> bool:
@@ -65,14 +71,17 @@ class Prepared:
 
     def reduce(self, owner: nn.Module | None, group: Any) -> None:
         """MAX over the ranks that hold the same layers: one collective of one flat tensor for each such group."""
+        for fallback in self.fallbacks:
+            fallback.count()
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1):
             return
         for share in self._shares(owner, group):
-            pending = [self.pending[index] for index in share.indices]
-            flat = torch.cat(pending)
+            rows = [self.pending[index] for index in share.indices]
+            rows += [self.fractions[index] for index in share.indices if index in self.fractions]
+            flat = torch.cat(rows)
             distributed.all_reduce(flat, distributed.ReduceOp.MAX, group=share.group)
-            torch._foreach_copy_(pending, list(flat.split(pending[0].numel())))
+            torch._foreach_copy_(rows, list(flat.split(rows[0].numel())))
 
     def _shares(self, owner: nn.Module | None, group: Any) -> Any:
         """Found out once for a list of layers: ranks meet for it, and must not do so alone."""
@@ -87,6 +96,8 @@ class Prepared:
 
     def run(self) -> None:
         """Pending enters the histories, histories become scales; kept weight codes go; warm-up may end."""
+        for fallback in self.fallbacks:
+            fallback.decide()
         seen = [(p > 0).any().to(torch.int64) for p in self.pending]
         torch._foreach_add_([layer.fp8_step for layer in self.layers], seen)
         for commit in self.commits:

@@ -20,8 +20,8 @@ from ..scaling.rules import get_algorithm, scale_from_amax
 from .dtensor import is_dtensor, local
 from .kept import Kept, may_keep
 
-FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares")  # attributes that a copy of a layer does without
-RANKS_OWN = ("fp8_pending", "fp8_counters")  # buffers that differ from rank to rank until a commit
+FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares", "fp8_alarm")  # attributes that a copy of a layer does without
+RANKS_OWN = ("fp8_pending", "fp8_counters", "fp8_counted")  # buffers that differ from rank to rank until a commit
 
 _ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # instances of it that know
@@ -77,6 +77,7 @@ class ScaledLayer(nn.Module):
     fp8_counters: Tensor
     fp8_step: Tensor
     fp8_fallback: Tensor
+    fp8_counted: Tensor  # int64 [3, 4], the counters at the last commit, where the alarm asks; not saved
     fp8_target: Tensor  # fp32 [3], where amax lands; 0 where a scale is held. Follows from the recipe, not saved
 
     def attach(self, recipe: Recipe, name: str = "", family: Family | None = None) -> None:
@@ -91,6 +92,7 @@ class ScaledLayer(nn.Module):
         for key, value in new_state(recipe.window, device).items():
             self.register_buffer(key, value)
         self.register_buffer("fp8_target", self._targets(device), persistent=False)
+        self.register_buffer("fp8_counted", torch.zeros_like(self.fp8_counters), persistent=False)
         _moved()
 
     def _targets(self, device: Any) -> Tensor:
@@ -116,7 +118,7 @@ class ScaledLayer(nn.Module):
     def fp8_sync_step(self) -> None:
         """Read from the state whether warm-up is over, and whether the layer fell back to high precision."""
         self.fp8_warm = self.fp8_recipe.warmup_steps == 0 or int(self.fp8_step) >= self.fp8_recipe.warmup_steps
-        self.fp8_high = bool(self.fp8_fallback[0])
+        self.fp8_high = self.fp8_recipe.alarm.policy == "fallback" and bool(self.fp8_fallback[0])
 
     @property
     def fp8_on(self) -> bool:
@@ -194,6 +196,7 @@ class ScaledLayer(nn.Module):
         state = new_state(self.fp8_recipe.window, device) | {"fp8_target": self._targets(device)}
         for key, value in state.items():
             self._buffers[key] = value
+        self._buffers["fp8_counted"] = torch.zeros_like(self.fp8_counters)
         self.fp8_sync_step()
 
     def _load_from_state_dict(
@@ -218,6 +221,10 @@ class ScaledLayer(nn.Module):
         if not self.fp8_scale.is_meta:
             if self.fp8_target.is_meta:
                 self._buffers["fp8_target"] = self._targets(self.fp8_scale.device)
+            if self.fp8_counted.is_meta:
+                self._buffers["fp8_counted"] = torch.empty_like(self.fp8_counters)
+            with torch.no_grad():
+                self.fp8_counted.copy_(self.fp8_counters)
             self._follow_histories()
             self.fp8_sync_step()
         self.fp8_kept.drop(allowed=False)

@@ -18,11 +18,11 @@ from ..nn.state import ScaledLayer
 
 
 class Reading(NamedTuple):
-    """What the layers had counted, and their scales: counters [L][3][4] and scale [L][3], of Python numbers."""
+    """What layers had counted, and their scales, on the CPU: counters int64 [L, 3, 4], scale fp32 [L, 3]."""
 
     layers: list[ScaledLayer]
-    counters: list[list[list[int]]]
-    scale: list[list[float]]
+    counters: Tensor
+    scale: Tensor
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Transfer:
         layers = [layer for layer in (ref() for ref in self.layers) if layer is not None]
         if len(layers) < len(self.layers):
             return None
-        return Reading(layers, self.counters.tolist(), self.scale.tolist())
+        return Reading(layers, self.counters, self.scale)
 
 
 _on_the_way: weakref.WeakKeyDictionary[ScaledLayer, Transfer] = weakref.WeakKeyDictionary()  # by the first layer
@@ -64,11 +64,12 @@ _on_the_way: weakref.WeakKeyDictionary[ScaledLayer, Transfer] = weakref.WeakKeyD
 def readings(found: list[ScaledLayer]) -> list[Reading]:
     """What can be read of these layers now, one Reading for each device that has something."""
     out = []
-    for device in dict.fromkeys(layer.fp8_counters.device for layer in found):
-        members = [layer for layer in found if layer.fp8_counters.device == device]
+    groups: dict[torch.device, list[ScaledLayer]] = {}
+    for layer in found:
+        groups.setdefault(layer.fp8_counters.device, []).append(layer)
+    for device, members in groups.items():
         if device.type == "cpu":
-            counters, scale = stack(members)
-            out.append(Reading(members, counters.tolist(), scale.tolist()))
+            out.append(Reading(members, *stack(members)))
         elif device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             reading = arrival(members)
             out += [] if reading is None else [reading]
