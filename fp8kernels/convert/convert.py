@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from ..console import console
+from ..nn.dry_run import watch_stages
 from ..nn.producer import Producer, producers
 from ..nn.state import RANKS_OWN, Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
@@ -70,6 +71,7 @@ def convert(
         model._fp8_load_check = model.register_load_state_dict_pre_hook(_check_state)  # type: ignore[assignment]
     watch(model, group)
     _keep_from_broadcast(model)
+    watch_stages(RANKS_OWN)
     if verbose:
         console().print(table(decisions, recipe))
         if fusions:
@@ -91,7 +93,7 @@ def revert(model: Model) -> Model:
             producer.release()
     for layer in found:
         layer.detach_state()
-        copies.discard(layer)
+        copies.pop(layer, None)
         layer.__class__ = layer.__dict__.pop(ORIGINAL, _plain(type(layer)))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and "_fp8_activation" in module.__dict__:

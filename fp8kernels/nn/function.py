@@ -140,11 +140,11 @@ class _Linear(torch.autograd.Function):
         else:
             if recipe.grad is not None:
                 g = _decode(_quantize_grad(g, recipe, carrier, ctx.state), grad.dtype)
-            if needs_x:
-                d_x = (g @ _decode(Coded(w_saved, w_scale, ctx.fmts[1]), g.dtype)).to(x_dtype)  # [M, K]
-            if needs_w:
+            if needs_w:  # first, so that the decoded input, which may be large, is gone before d_x is there
                 x = Coded(x_saved.reshape(-1, x_saved.shape[-1]), x_scale, ctx.fmts[0])
                 d_w = (g.t() @ _decode(x, g.dtype)).to(w_dtype)  # [N, K]
+            if needs_x:
+                d_x = (g @ _decode(Coded(w_saved, w_scale, ctx.fmts[1]), g.dtype)).to(x_dtype)  # [M, K]
         return None if d_x is None else d_x.reshape(ctx.shape), d_w, d_bias, *[None] * 13
 
 
@@ -168,6 +168,7 @@ def _quantize_grad(
         observer,
         transpose=transpose,
         carrier=carrier,
+        propagate=True,
     )
 
 

@@ -8,10 +8,12 @@ being guessed at; then the codes are made again, and are the same.
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from .state import Coded
@@ -51,9 +53,9 @@ class Kept:
         """The codes that were made of this weight since the last commit, or None."""
         if self.coded is None or self.mark != Mark.of(weight) or (transpose and self.coded.codes_t is None):
             return None
-        # a gradient that is there says that this is not the first forward of a step, where an optimizer that writes
-        # past the version counter (p.data) may have been at work
-        return self.coded if weight.grad is not None or not weight.requires_grad else None
+        # a gradient that is there says that this is not the first forward of a step, before which an optimizer may have
+        # written past the version counter (p.data), nor a frozen weight, into which adapters are merged in that way
+        return self.coded if weight.grad is not None else None
 
     def keep(self, weight: Tensor, coded: Coded) -> None:
         """Keep the codes until the next commit."""
@@ -68,13 +70,14 @@ class Kept:
     def watch(self, weight: Tensor, name: str) -> None:
         """Count the changes of a weight since the last commit, and warn at the second."""
         version = weight._version
-        if self.version is not None and version != self.version:
+        if self.version is not None and version != self.version and not stepping:
             self.changes += 1
             if self.changes == UNSEEN_STEPS:
                 _warn(name)
         self.version = version
 
 
+stepping: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers within step(), whose closure may run forwards
 _warned = False
 
 
@@ -94,5 +97,7 @@ def _warn(name: str) -> None:
 def may_keep(weight: Tensor) -> bool:
     """Whether the codes of this tensor could be found again: a plain leaf, outside of traces and captured graphs."""
     if type(weight) not in PLAIN or not weight.is_leaf or torch.compiler.is_compiling():
+        return False
+    if torch.is_inference_mode_enabled():  # what is made there cannot be kept for a backward
         return False
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())

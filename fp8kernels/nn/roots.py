@@ -22,7 +22,7 @@ class Root:
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
         self.model, self.group = weakref.ref(model), group
-        _roots.add(model)
+        _roots[model] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Root | None:
         model = self.model()
@@ -36,7 +36,8 @@ class Root:
         self.__init__(state["model"])  # type: ignore[misc]
 
 
-_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# in the order of their conversion, which is that of commits, and the same on every rank
+_roots: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
 
 def watch(model: nn.Module, group: Any = None) -> None:
@@ -48,7 +49,7 @@ def watch(model: nn.Module, group: Any = None) -> None:
 def unwatch(model: nn.Module) -> None:
     """Stop committing the model by itself."""
     model.__dict__.pop(ROOT, None)
-    _roots.discard(model)
+    _roots.pop(model, None)
 
 
 def group_of(model: nn.Module) -> Any:
@@ -74,9 +75,9 @@ def _walk(module: nn.Module, found: list[ScaledLayer], seen: set[int]) -> None:
             _walk(child, found, seen)
 
 
-def stepped_by(optimizer: Optimizer) -> Iterator[tuple[nn.Module, list[ScaledLayer]]]:
-    """The models that have a parameter in an optimizer, with their layers; each layer once."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def stepped_by(*optimizers: Optimizer) -> Iterator[tuple[nn.Module, list[ScaledLayer]]]:
+    """The models that have a parameter in one of the optimizers, with their layers; each layer once."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     taken: set[int] = set()
     families: dict[int, list[ScaledLayer]] = {}
     for layer in list(copies):  # copies of a part of a model, which no root came along with

@@ -17,6 +17,7 @@ from ..recipe import Recipe, Role
 from ..scaling.block import get_block
 from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
 from ..scaling.rules import get_algorithm, scale_from_amax
+from .dry_run import watch_stages
 from .dtensor import is_dtensor, local
 from .kept import Kept, may_keep
 
@@ -51,7 +52,8 @@ class Coded(NamedTuple):
         return Coded(codes, self.scale.t(), self.fmt, self.codes)
 
 
-copies: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()  # layers that came to be by deepcopy or unpickling
+# layers that came to be by deepcopy or unpickling, in that order
+copies: weakref.WeakKeyDictionary[ScaledLayer, None] = weakref.WeakKeyDictionary()
 generation = 0  # grows whenever a layer's state may have got other tensors
 
 
@@ -254,7 +256,7 @@ class ScaledLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.fp8_kept = Kept()
-        copies.add(self)
+        copies[self] = None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fp8={self.fp8_recipe.name!r}"
@@ -267,7 +269,10 @@ def _moved() -> None:
 
 def leave_to_ranks() -> None:
     """DistributedDataParallel sends the buffers of rank 0 to all ranks before a forward; not what a step has noted."""
-    parallel = None if _ddp is None or torch.compiler.is_compiling() else _ddp._active_ddp_module
+    if torch.compiler.is_compiling():
+        return
+    watch_stages(RANKS_OWN)
+    parallel = None if _ddp is None else _ddp._active_ddp_module
     if parallel is None or parallel in _told:
         return
     _told.add(parallel)
@@ -294,6 +299,7 @@ def quantize_role(
     *,
     transpose: bool = False,
     carrier: int | None = None,
+    propagate: bool = False,
 ) -> Coded:
     """A tensor of a role in 8 bits.
 
@@ -301,12 +307,16 @@ def quantize_role(
     observer   (pending fp32 [1], counters int64 [4]) to note x in, or None
     transpose  keep the transposed codes too
     carrier    the k of a carrier, or None
+    propagate  an Inf or NaN in x makes the scale of its block NaN: codes would hide an Inf from who looks for one in
+               the gradients, as a GradScaler does
     """
     given, how, fmt = role_arguments(x, role, target, power_of_two, scale, transpose=transpose, carrier=carrier)
     if observer is None:
-        codes, codes_t, used, _, _ = torch.ops.fp8kernels.quantize(x, given, *how)
+        codes, codes_t, used, amax, _ = torch.ops.fp8kernels.quantize(x, given, *how)
     else:
-        codes, used, codes_t = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
+        codes, used, codes_t, amax = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
+    if propagate:
+        used = used + 0.0 * amax
     return Coded(codes, used, fmt, codes_t if transpose else None)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from . import roots
+from .kept import stepping
 from .prepared import prepared
 from .roots import group_of, layers, stepped_by, unwatch
 from .state import ScaledLayer
@@ -19,7 +23,7 @@ AfterCommit = Callable[[list[ScaledLayer]], None]
 after_commit: list[AfterCommit] = []  # called with the layers of a model once their scales stand
 
 _hooked = False
-_late: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that stepped within a backward which is still running
+_late: list[Optimizer] = []  # that stepped within a backward which is still running
 
 
 def commit(model: nn.Module, *, group: Any = None) -> None:
@@ -56,34 +60,35 @@ def watch(model: nn.Module, group: Any = None) -> None:
     global _hooked
     roots.watch(model, group)
     if not _hooked:
+        register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
 
 
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stepping.add(optimizer)
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Commit what the optimizer holds parameters of; an optimizer that steps within a backward waits for its end."""
+    stepping.discard(optimizer)
     if torch._C._current_graph_task_id() == -1:
         _commit_for(optimizer)
         return
     if not _late:
         torch.autograd.Variable._execution_engine.queue_callback(_after_backward)  # type: ignore[attr-defined]
-    _late.add(optimizer)
+    _late.append(optimizer)
 
 
 def _after_backward() -> None:
     """Each optimizer in the backward holds a few parameters; the models that they belong to are committed once."""
-    optimizers = list(_late)
+    optimizers = tuple(_late)
     _late.clear()
-    committed: set[int] = set()
-    for optimizer in optimizers:
-        for owner, found in stepped_by(optimizer):
-            if id(owner) not in committed:
-                committed.add(id(owner))
-                commit_layers(found, owner, group=group_of(owner))
+    _commit_for(*optimizers)
 
 
-def _commit_for(optimizer: Optimizer) -> None:
-    for owner, found in stepped_by(optimizer):
+def _commit_for(*optimizers: Optimizer) -> None:
+    for owner, found in stepped_by(*optimizers):
         commit_layers(found, owner, group=group_of(owner))
 
 

@@ -228,12 +228,12 @@ def _observed(
     saturate: bool,
     transpose: bool,
     carrier: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale, transposed codes; under inference mode nothing is noted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scale, transposed codes, amax; under inference mode nothing is noted."""
     observer = None if torch.is_inference_mode_enabled() else Observer(pending, counters)
     how = (fmt, block, target, margin, power_of_two, saturate, transpose, carrier)
     out = run_quantize(x, scale, *how, observer=observer)
-    return out.codes.reshape(x.shape), out.scale, _or_empty(out)
+    return out.codes.reshape(x.shape), out.scale, _or_empty(out), out.amax
 
 
 def _observed_fake(
@@ -249,9 +249,9 @@ def _observed_fake(
     saturate: bool,
     transpose: bool,
     carrier: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, codes_t = _empty_codes(x, transpose)
-    return codes, torch.empty_like(scale), codes_t
+    return codes, torch.empty_like(scale), codes_t, torch.empty_like(scale)
 
 
 _HOW = "str fmt, str block, float target, int margin, bool power_of_two, bool saturate"
@@ -263,7 +263,7 @@ register(
 )
 register(
     f"quantize_observed(Tensor x, Tensor scale, Tensor(a!) pending, Tensor(b!) counters, {_HOW}, "
-    "bool transpose, int? carrier=None) -> (Tensor, Tensor, Tensor)",
+    "bool transpose, int? carrier=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _observed,
     _observed_fake,
 )
