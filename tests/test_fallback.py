@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fp8kernels
 from fp8kernels import Alarm, FallbackWarning, SaturationWarning, convert, get_recipe
+from fp8kernels.nn import fallback
 from fp8kernels.nn.fallback import UNSEEN, decisions
 from fp8kernels.nn.step import layers
 
@@ -316,6 +317,47 @@ def test_compiled_it_falls_back_too() -> None:
     assert seen == {True, False}
     assert not eager.high[0]
     assert torch.equal(eager.model[0].fp8_counters, compiled.model[0].fp8_counters)
+
+
+class FakeEvent:
+    """Of a copy that has arrived when it is waited for."""
+
+    waited = 0
+
+    def synchronize(self) -> None:
+        FakeEvent.waited += 1
+
+
+def test_from_a_gpu_decisions_are_read_and_acted_on_one_commit_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Run(recipe(), one)
+    monkeypatch.setattr(FakeEvent, "waited", 0)
+    monkeypatch.setattr(fallback, "to_host", lambda x: (x.clone(), FakeEvent()))
+    here = Run(recipe(), one)
+    state, high = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        for n in range(6):
+            here.step(FACTOR ** min(n, 3))
+            state.append(bool(here.model[0].fp8_fallback[0]))
+            high.append(here.high[0])
+    assert state == [False, False, True, True, True, True]
+    assert high == [False, False, False, True, True, True]
+    assert FakeEvent.waited == 5, "once at each commit after the first"
+    there.model.load_state_dict(here.model.state_dict())
+    assert there.high == [True]
+
+
+def test_a_decision_on_its_way_is_not_lost_with_what_held_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converting another model makes every list of layers be collected anew; the state has what was decided."""
+    monkeypatch.setattr(fallback, "to_host", lambda x: (x.clone(), FakeEvent()))
+    run = Run(recipe(), one)
+    for n in range(3):
+        run.step(FACTOR**n)
+    assert (run.model[0].fp8_fallback.tolist(), run.high) == ([1, 0], [False])
+    Run(recipe(), one)
+    with pytest.warns(FallbackWarning, match="as its state says"):
+        run.step(FACTOR**3)
+    assert run.high == [True]
 
 
 def test_bad_alarms_say_what_is_wrong() -> None:

@@ -49,7 +49,7 @@ class Fallback:
         self.steps = torch.tensor([[alarm.steps, alarm.recover] for alarm in alarms], device=device)  # [L, 2]
         self.routes: list[tuple[str, ...]] = []
         self.excused = torch.zeros_like(self.fractions, dtype=torch.bool)
-        self.decided: Tensor | None = None  # [L, 1 + 3 * 3], on the host or on its way there; see _decision
+        self.decided: Tensor | None = None  # fp32 [L, 1 + 3 * 3], on the host or on its way there
         self.event: torch.cuda.Event | None = None
         for layer, state in zip(layers, torch.stack(self.state).tolist(), strict=True):
             _follow(layer, bool(state[0]), None)
@@ -74,23 +74,32 @@ class Fallback:
         torch._foreach_copy_(self.state, list(new))
         evidence = [self.fractions, torch.stack(self.pending), torch.stack(self.scale)]
         decided = torch.cat([new[:, :1].float(), *evidence], 1)
-        if decided.device.type != "cuda":
-            self.decided = decided
+        if decided.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a replay runs no Python: there nothing acts on it
+        self.decided, self.event = to_host(decided)
+        if self.event is None:
             self._act()
-        elif not torch.cuda.is_current_stream_capturing():
-            self.decided = torch.empty(decided.shape, pin_memory=True).copy_(decided, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(decided.device))
 
     def _act(self) -> None:
         """Let the layers compute as was decided last."""
-        if self.decided is None or (self.event is not None and torch.cuda.is_current_stream_capturing()):
+        if self.decided is None or (self.fractions.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if self.event is not None:
             self.event.synchronize()
         for layer, (high, *evidence) in zip(self.layers, self.decided.tolist(), strict=True):
             _follow(layer, bool(high), evidence)
         self.decided = self.event = None
+
+
+def to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """x where the host can read it; from a GPU once the event has happened."""
+    if not x.is_cuda:
+        return x, None
+    with torch.cuda.device(x.device):
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return host, event
 
 
 def decisions(state: Tensor, fractions: Tensor, limit: Tensor, steps: Tensor) -> Tensor:
