@@ -19,6 +19,8 @@ from fp8kernels.scaling.delayed import is_state
 
 BATCHES = STEPS * ACCUMULATED
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
 
 
 def trained(net: nn.Module, folder: Path, family: str = "llama", *, resume: Any = None, **changes: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from fp8kernels.nn.step import layers
 
 trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
 
 
 def sft(net: nn.Module, folder: Path, *, callbacks: Any = None, peft_config: Any = None, **changes: Any) -> Any:
@@ -93,8 +94,6 @@ def test_recomputation_changes_no_bit(tmp_path: Path) -> None:
 
 def test_lora_by_the_trainer(tmp_path: Path) -> None:
     """The trainer puts adapters into a converted model, trains them, saves them and resumes."""
-    import peft
-
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
     how = {"save_strategy": "steps", "save_steps": STEPS // 2}
     trainer = sft(converted("llama"), tmp_path, peft_config=config, **how)
@@ -109,7 +108,6 @@ def test_lora_by_the_trainer(tmp_path: Path) -> None:
 
 def test_lora_resumes_with_the_scales_beside_the_adapter(tmp_path: Path) -> None:
     """An adapter's file has no scales of the model it was trained on; with them a resumed run has the same bits."""
-    import peft
     import transformers
 
     class Keep(transformers.TrainerCallback):
