@@ -110,7 +110,7 @@ def _mlp(name: str, module: nn.Module) -> Fusion | None:
     gated = GATED_MLP.fullmatch(text_of(module))
     if gated is not None:
         act, last = gated["act"], gated["down"]
-        parts: Chain | Gated = Gated("", gated["gate"], gated["up"], gated["down"])
+        parts: Chain | Gated = Gated("", gated["gate"], gated["up"], gated["down"], act)
     else:
         names = chain(module)
         linear = [n for n, part in enumerate(names) if isinstance(getattr(module, part), nn.Linear)]

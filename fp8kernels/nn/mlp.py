@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..ops import activation as activation_verb  # noqa: F401  registers torch.ops.fp8kernels.act_quantize
 from .coded import CodedTensor
 from .producer import Ask, Producer, ask, pays
+from .recompute import recomputed
 from .state import ScaledLayer
 
 
@@ -27,12 +30,13 @@ class Chain(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """Names of submodules in down(activation(gate(x)) * up(x))."""
+    """Names of submodules in down(act(gate(x)) * up(x)); `activation` is what `act` computes."""
 
     activation: str
     gate: str
     up: str
     down: str
+    act: str
 
 
 class FusedMLP(Producer):
@@ -58,12 +62,17 @@ class FusedGatedMLP(Producer):
     fp8_parts: Gated
 
     def fp8_fused(self, x: Tensor) -> Tensor:
-        if not pays(x.device):
-            return self.fp8_plain(x)
         activation, *names = self.fp8_parts
-        gate, up, down = (self._modules[name] for name in names)
-        assert gate is not None and up is not None and down is not None
-        out: Tensor = down(activated(gate(x), up(x), activation, self.fp8_readers))
+        gate, up, down, act = (self._modules[name] for name in names)
+        assert gate is not None and up is not None and down is not None and act is not None
+        inputs = gate(x), up(x)
+        if pays(x.device):
+            product = activated(*inputs, activation, self.fp8_readers)
+        elif activation == "silu" and inputs[0].dtype == inputs[1].dtype:
+            product = _SiluProduct.apply(*inputs)
+        else:
+            product = recomputed(lambda gate, up: act(gate) * up, *inputs)
+        out: Tensor = down(product)
         return out
 
 
@@ -75,6 +84,27 @@ def activated(x: Tensor, other: Tensor | None, activation: str, readers: tuple[S
     """activation(x), or activation(x) * other, as codes for the readers."""
     out: Tensor = _Activation.apply(x, other, activation, ask(readers, x), readers)
     return out
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up by torch's own operations, so to the bit; only gate and up are kept.
+
+    What is made in the backward takes the place of what is no longer needed: beside gate and up there are never more
+    than two tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(dy)
+        d_silu = dy.mul_(up)  # in place: the product goes to one layer and nowhere else, so nobody else has dy
+        return torch.ops.aten.silu_backward(d_silu, gate, grad_input=d_silu), d_up
 
 
 class _Activation(torch.autograd.Function):

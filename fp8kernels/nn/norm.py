@@ -11,6 +11,7 @@ from ..kernels.norm_quantize import Norm
 from ..ops import norm as norm_verb  # noqa: F401  registers torch.ops.fp8kernels.norm_quantize
 from .coded import CodedTensor
 from .producer import Ask, Producer, ask, pays
+from .recompute import recomputed
 from .state import ScaledLayer
 
 
@@ -27,7 +28,9 @@ class FusedNorm(Producer):
 
     def fp8_fused(self, x: Tensor) -> Tensor:
         if not pays(x.device):
-            return self.fp8_code(self.fp8_plain(x))
+            if isinstance(self, nn.LayerNorm):  # torch's keeps no more than x and two numbers a row by itself
+                return self.fp8_code(self.fp8_plain(x))
+            return self.fp8_code(recomputed(self.fp8_plain, x, parameters=tuple(self._parameters.values())))
         norm, dtype = self.fp8_norm(x)
         out: Tensor = _Norm.apply(
             x, norm.weight, norm.bias, norm[2:], dtype, ask(self.fp8_readers, x), self.fp8_readers
