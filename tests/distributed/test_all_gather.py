@@ -12,12 +12,17 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from setups.runs import converted
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fp8kernels
+from distributed import test_fully_sharded
+from distributed.plain import Run, held, locally_first
+from distributed.plain import plain as one_process
 from distributed.ranks import run
 from fp8kernels import Alarm, Recipe, Role
 from fp8kernels.nn.gathered import GatheredWeight
@@ -103,6 +108,21 @@ def train_alike(rank: int) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_training_is_fsdp(count: int) -> None:
     run(train_alike, count)
+
+
+def llama(rank: int) -> Run:
+    """Blocks that are computed again in the backward, and micro-batches whose gradients wait."""
+    net = fp8kernels.all_gather_codes(converted("llama"))
+    for index, block in enumerate(net.model.layers):
+        net.model.layers[index] = checkpoint_wrapper(block)
+    return test_fully_sharded.train(test_fully_sharded.shard(net), rank, 2, no_sync=True)
+
+
+def test_a_llama_is_that_of_one_process() -> None:
+    got = run(llama, 2)
+    for each in got:
+        each.state = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in each.state.items()}
+    held(got, one_process(2, 2, order=locally_first), counters=False)
 
 
 def train_alike_in_replicas(rank: int) -> None:
