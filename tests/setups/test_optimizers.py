@@ -140,6 +140,24 @@ def test_an_inf_gradient_enters_no_history() -> None:
     assert any(layer.fp8_counters[GRAD, 3] > 0 for layer in layers(net)), "the Inf was met"
 
 
+@pytest.mark.parametrize("fmt", ["hif8", "e5m2", "e4m3"])
+def test_an_inf_behind_layers_without_bias_is_not_hidden(fmt: str) -> None:
+    """Codes saturate; a GradScaler must find the Inf in the parameters' gradients all the same, and skip the step."""
+    torch.manual_seed(0)
+    bare = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(3)])
+    net = convert(bare, QAT.with_format(grad=fmt), verbose=False)
+    optimizer, scaler = sgd(net), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for n in range(STEPS):
+        before = [p.clone() for p in net.parameters()]
+        loss = net(torch.randn(4, 16)).sum() * (math.inf if n % 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+        assert moved == [n % 2 == 0] * 3, f"step {n}, {fmt}"
+
+
 def in_backward(net: nn.Module, how: str) -> None:
     """Each parameter steps as soon as its gradient is there."""
     if how == "torch":
