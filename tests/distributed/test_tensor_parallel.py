@@ -180,6 +180,24 @@ def test_warm_up_notes_shards() -> None:
     run(warms_up_alike, 2)
 
 
+def converts_later(rank: int) -> None:
+    plan = {f"{i}.{name}": style for i in "01" for name, style in _styles({}, {}).items()}
+    found = parallelize_module(model(), init_device_mesh("cpu", (2,)), plan)
+    fp8kernels.convert(found, E4M3, verbose=False)
+    for y, z in zip(train(found), train(reference := alone(E4M3)), strict=True):
+        assert torch.equal(y, z)
+    same(found, reference)
+    before = [layer.fp8_pending.clone() for layer in layers(found)]
+    x, _ = batch(9, 0)
+    with torch.inference_mode():
+        assert torch.equal(found(x), reference(x))
+    assert all(torch.equal(layer.fp8_pending, seen) for layer, seen in zip(layers(found), before, strict=True))
+
+
+def test_convert_a_parallel_model() -> None:
+    run(converts_later, 2)
+
+
 class Seen:
     """What was rounded, by role: input, weight, gradient in this order."""
 
