@@ -37,7 +37,7 @@ from .ops import (
 )
 from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
 from .scaling import BLOCKS, Block, QTensor, get_block, without_state
-from .telemetry import CarrierWarning, SaturationError, SaturationWarning, report, summary
+from .telemetry import CarrierWarning, SaturationError, SaturationWarning, log_to, report, summary
 
 try:
     __version__ = importlib.metadata.version("fp8kernels")
@@ -75,6 +75,7 @@ __all__ = [
     "get_format",
     "get_recipe",
     "layer_norm_quantize",
+    "log_to",
     "nn",
     "plan",
     "quantize",

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+TRAIN = ("transformers", "accelerate", "datasets", "peft", "trl", "tensorboard")  # the extra of that name
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -42,8 +44,7 @@ def without_triton() -> bool:
 
 
 def without_train() -> bool:
-    names = ("transformers", "accelerate", "datasets", "peft", "trl")
-    return any(importlib.util.find_spec(name) is None for name in names)
+    return any(importlib.util.find_spec(name) is None for name in TRAIN)
 
 
 def below_avx512() -> bool:
@@ -69,7 +70,7 @@ EXPECTED = (
     Skip(r"built without nvcc", without_cuda_build, "fp8kernels._cuda exists only where nvcc was found at build time"),
     Skip(r"built without the C\+\+ tests", without_cpp_tests, "with those the CUDA kernels are built for the host"),
     Skip(r"triton is not installed", without_triton, "Triton has wheels for Linux only"),
-    Skip(r"could not import '(transformers|accelerate|datasets|peft|trl)'", without_train, "they are the extra train"),
+    Skip(rf"could not import '({'|'.join(TRAIN)})'", without_train, "they are the extra train"),
     Skip(r"CPU has no (avx512|avx2)", below_avx512, "the kernel needs instructions that this CPU lacks"),
     Skip(r"FP8KERNELS_ISA is set", lowered_isa, "the run forces one instruction set for all tests"),
     Skip(r"only on x86", not_x86, "the vector kernels are written for x86; others take the portable one"),

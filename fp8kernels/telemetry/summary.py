@@ -16,6 +16,7 @@ from ..nn.linear import to_patches
 from ..nn.state import ScaledLayer
 from ..nn.step import layers
 from ..scaling.delayed import INPUT, ROLES, WEIGHT
+from .meter import overshoot
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ def report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
             if role is None:
                 continue
             elements, saturated, flushed, nonfinite = counters[index]
-            reach = scale[index] * layer.fp8_recipe.target(index)
             rows.append(
                 LayerReport(
                     layer=names[id(layer)] or type(layer).__name__,
@@ -79,7 +79,7 @@ def report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
                     block=role.block,
                     scale=scale[index],
                     amax=history[index][0],
-                    overshoot=history[index][0] / reach if reach else 0.0,
+                    overshoot=overshoot(layer, index, history[index][0], scale[index]),
                     saturated=saturated / max(elements, 1),
                     flushed=flushed / max(elements, 1),
                     nonfinite=nonfinite,

@@ -30,7 +30,7 @@ class Branches(nn.Module):
 
 
 def spread(rank: int, size: float) -> Tensor:
-    """All ranks have the same amax; on rank 0 one element in 1024 has it, too few for the alarm, on rank 1 many have."""
+    """All ranks have the same amax; on rank 0 one element in 1024 has it, too few for the alarm; on rank 1 many."""
     x = torch.full((64, 16), size * 0.1)
     x[:: 64 if rank == 0 else 2, 0] = size
     return x
