@@ -39,7 +39,9 @@ def origin(model: nn.Module, name: str) -> Origin:
     parts = iter(name.split("."))
     for part in parts:
         parent, module = module, module._modules[part]
-        if isinstance(parent, (peft.PeftModel, BaseTuner)):
+        if isinstance(parent, peft.PeftModel) and part != "base_model":
+            adapts = ""  # a prompt's encoder, which adapts the whole model
+        elif isinstance(parent, (peft.PeftModel, BaseTuner)):
             continue  # base_model.model
         if isinstance(parent, BaseTunerLayer):
             if part == "base_layer":

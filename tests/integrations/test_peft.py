@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from setups.models import batch, build
-from setups.runs import FULL, QAT, converted, same, sgd, state, train
+from setups.runs import FULL, QAT, RECOMPUTED, converted, same, sgd, state, train
 from torch import Tensor, nn
 
 from fp8kernels import convert, get_recipe
@@ -57,12 +58,55 @@ def test_only_adapters_train_and_scales_move() -> None:
 
 
 @pytest.mark.parametrize("recipe", [QAT, FULL], ids=["qat", "full"])
-def test_the_order_of_convert_and_peft_makes_no_difference(recipe: Any) -> None:
-    first = lora(converted("llama", recipe))
-    second = convert(lora(build("llama")), recipe, verbose=False)
+@pytest.mark.parametrize("how", [{}, {"use_dora": True}, {"target_modules": ["gate_proj", "lm_head"]}], ids=str)
+def test_the_order_of_convert_and_peft_makes_no_difference(recipe: Any, how: dict[str, Any]) -> None:
+    first = lora(converted("llama", recipe), **how)
+    second = convert(lora(build("llama"), **how), recipe, verbose=False)
     assert train(first, "llama", SEEDS) == train(second, "llama", SEEDS)
     same(adapters(first), adapters(second))
     same(by_name(first), by_name(second))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_changes_no_bit(*, reentrant: bool) -> None:
+    plain, net = lora(converted("llama")), lora(converted("llama"))
+    for model in (plain, net):
+        model.enable_input_require_grads()  # which the reentrant kind needs where the first layers stand still
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert train(plain, "llama", SEEDS) == train(net, "llama", SEEDS)
+    same(adapters(plain), adapters(net))
+    same(state(plain), state(net), but=RECOMPUTED)
+
+
+def test_adapters_that_transformers_puts_in() -> None:
+    net = build("llama")
+    net.add_adapter(peft.LoraConfig(target_modules=TARGETS, r=4))
+    convert(net, FULL.with_override("model.layers.0.*", None), verbose=False)
+    assert {layer.fp8_name.split(".")[2] for layer in layers(net)} == {"1"}
+    assert not any("lora_" in layer.fp8_name for layer in layers(net))
+    train(net, "llama", SEEDS)
+    assert {int(layer.fp8_step) for layer in layers(net)} == {len(SEEDS)}
+
+
+def test_the_encoder_of_a_prompt_stays() -> None:
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=16
+    )
+    decisions = plan(peft.get_peft_model(build("llama"), config), FULL)
+    small = [d for d in decisions if d.name.startswith("prompt_encoder")]
+    assert small and all(d.recipe is None and d.reason == REASON for d in small)
+    assert sum(d.recipe is not None for d in decisions) == 14
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    net = lora(converted("llama"))
+    train(net, "llama", range(2))
+    copied = copy.deepcopy(net)
+    before = state(net)
+    losses = train(copied, "llama", range(2, 4))
+    same(before, state(net))
+    assert train(net, "llama", range(2, 4)) == losses
+    same(state(net), state(copied))
 
 
 def test_adapters_stay_and_the_table_says_why() -> None:
@@ -214,16 +258,16 @@ def test_a_merged_model_trains_on() -> None:
 def test_modules_to_save_are_8_bit_copies_with_scales_of_their_own(tmp_path: Path) -> None:
     net = lora(converted("llama"), target_modules=["q_proj"], modules_to_save=["o_proj"])
     wrapped = net.base_model.model.model.layers[0].self_attn.o_proj
-    copy, original = wrapped.modules_to_save["default"], wrapped.original_module
-    assert type(copy) is type(original) is Linear
+    trained, original = wrapped.modules_to_save["default"], wrapped.original_module
+    assert type(trained) is type(original) is Linear
     train(net, "llama", SEEDS)
-    assert int(copy.fp8_step) == len(SEEDS)
+    assert int(trained.fp8_step) == len(SEEDS)
     assert int(original.fp8_step) == 0, "nothing went through the layer that the copy stands in for"
-    assert not torch.equal(copy.weight, original.weight)
+    assert not torch.equal(trained.weight, original.weight)
     net.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(converted("llama"), tmp_path)
     loaded = again.base_model.model.model.layers[0].self_attn.o_proj.modules_to_save["default"]
-    same(copy.state_dict(), loaded.state_dict())
+    same(trained.state_dict(), loaded.state_dict())
 
 
 def test_sgd_of_adapters_commits_the_base() -> None:
