@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.check import matrix_shape
 from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
 from .coded import codes_for
@@ -126,7 +127,7 @@ class _Linear(torch.autograd.Function):
         x_saved, x_scale, w_saved, w_scale = ctx.saved_tensors
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        g = grad.reshape(-1, grad.shape[-1])  # [M, N]
+        g = grad.reshape(matrix_shape(grad))  # [M, N]
         d_bias = g.sum(0).to(bias_dtype) if needs_bias else None
         d_x = d_w = None
         if recipe.grad is not None and one_scale(recipe):
@@ -135,13 +136,13 @@ class _Linear(torch.autograd.Function):
                 w_t = w_saved if transposed else w_saved.t()  # [K, N]
                 d_x = product(coded, Coded(w_t, w_scale, ctx.fmts[1]), None, x_dtype)  # [M, K]
             if needs_w:
-                x_t = x_saved if transposed else x_saved.reshape(-1, x_saved.shape[-1]).t()  # [K, M]
+                x_t = x_saved if transposed else x_saved.reshape(matrix_shape(x_saved)).t()  # [K, M]
                 d_w = product(coded.t(), Coded(x_t, x_scale, ctx.fmts[0]), None, w_dtype)  # [N, K]
         else:
             if recipe.grad is not None:
                 g = _decode(_quantize_grad(g, recipe, carrier, ctx.state), grad.dtype)
             if needs_w:  # first, so that the decoded input, which may be large, is gone before d_x is there
-                x = Coded(x_saved.reshape(-1, x_saved.shape[-1]), x_scale, ctx.fmts[0])
+                x = Coded(x_saved.reshape(matrix_shape(x_saved)), x_scale, ctx.fmts[0])
                 d_w = (g.t() @ _decode(x, g.dtype)).to(w_dtype)  # [N, K]
             if needs_x:
                 d_x = (g @ _decode(Coded(w_saved, w_scale, ctx.fmts[1]), g.dtype)).to(x_dtype)  # [M, K]
