@@ -44,8 +44,8 @@ class Fallback:
         self.counted = [layer.fp8_counted for layer in layers]
         self.state = [layer.fp8_fallback for layer in layers]
         self.pending, self.scale = [layer.fp8_pending for layer in layers], [layer.fp8_scale for layer in layers]
-        self.fractions = torch.full((len(layers), len(ROLES)), UNSEEN, device=device)
-        self.limit = torch.tensor([[alarm.fraction] for alarm in alarms], device=device)  # [L, 1]
+        self.fractions = torch.full((len(layers), len(ROLES)), UNSEEN, dtype=torch.float32, device=device)
+        self.limit = torch.tensor([[a.fraction] for a in alarms], dtype=torch.float32, device=device)  # [L, 1]
         self.steps = torch.tensor([[alarm.steps, alarm.recover] for alarm in alarms], device=device)  # [L, 2]
         self.routes: list[tuple[str, ...]] = []
         self.excused = torch.zeros_like(self.fractions, dtype=torch.bool)
@@ -64,7 +64,7 @@ class Fallback:
         step = torch.stack(self.counters) - torch.stack(self.counted)  # [L, 3, 4]
         torch._foreach_copy_(self.counted, self.counters)
         elements, saturated = step[..., 0], step[..., 1]
-        fractions = torch.where(self.excused, 0.0, saturated / elements.clamp(min=1))
+        fractions = torch.where(self.excused, 0.0, saturated.float() / elements.clamp(min=1))
         self.fractions.copy_(torch.where(elements > 0, fractions, UNSEEN))
 
     def decide(self) -> None:

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.ranks import outcomes, run
@@ -62,6 +64,31 @@ def test_all_ranks_change_in_the_same_step(wrapper: str) -> None:
     for key in first:
         if key.endswith(("fp8_history", "fp8_scale", "fp8_fallback")):
             assert torch.equal(first[key], second[key]), key
+
+
+def tensor_parallel(rank: int) -> tuple[list[list[bool]], dict[str, Tensor]]:
+    """A pair of layers spread over the ranks, by columns and then by rows."""
+    warnings.simplefilter("ignore", FallbackWarning)
+    torch.manual_seed(1)
+    model = convert(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)), RECIPE.with_format(grad="e5m2"), verbose=False)
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    high = []
+    for n in range(STEPS):
+        model(spread(1, FACTOR ** min(n, GROWS))).sum().backward()
+        optimizer.step()
+        high.append([layer.fp8_high for layer in layers(model)])
+    return high, {name: x for name, x in model.named_buffers() if name.endswith(("history", "scale", "fallback"))}
+
+
+def test_shards_of_a_layer_change_together() -> None:
+    (high, first), (other_high, second) = run(tensor_parallel, 2)
+    assert high == other_high
+    assert [True, True] in high and high[-1] == [False, False]
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    assert (first["0.fp8_history"][:, 0] > 0).all()
 
 
 def disagree(rank: int) -> None:
