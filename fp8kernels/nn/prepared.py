@@ -90,7 +90,10 @@ class Prepared:
         asked = (torch.distributed.group.WORLD, group, [layer.fp8_name for layer in self.layers])
         known = self.layers[0].__dict__.get(SHARES)
         if known is None or known[0] != asked:
-            known = asked, shares(self.layers, owner, group)
+            agreed = shares(self.layers, owner, group)
+            if agreed is None:
+                return []
+            known = asked, agreed
             self.layers[0].__dict__[SHARES] = known
         return known[1]
 

@@ -53,8 +53,11 @@ _meetings: Counter[tuple[int, ...]] = Counter()
 _groups: dict[tuple[int, ...], Any] = {}
 
 
-def shares(found: Sequence[ScaledLayer], owner: nn.Module | None, group: Any) -> list[Share]:
+def shares(found: Sequence[ScaledLayer], owner: nn.Module | None, group: Any) -> list[Share] | None:
     """Over which ranks each layer's amax is reduced; layers that no other rank has are left out.
+
+    None where no rank has seen a weight yet, as when an optimizer steps to make its state: nothing tells layers of one
+    name apart then, and there is nothing to reduce.
 
     group    the ranks that may have to do with each other; None is all
     raises   ValueError, on every rank, where two ranks hold the same layer with different recipes, or one of them left
@@ -63,6 +66,8 @@ def shares(found: Sequence[ScaledLayer], owner: nn.Module | None, group: Any) ->
     distributed = torch.distributed
     ranks = tuple(distributed.get_process_group_ranks(group or distributed.group.WORLD))
     members = meet(describe(found, owner), ranks)
+    if not any(held.amax for member in members.values() for held in member.layers):
+        return None
     sets = who_shares(members, distributed.get_rank())
     out: dict[tuple[int, ...], list[int]] = {}
     for index, together in enumerate(sets):

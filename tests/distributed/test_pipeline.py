@@ -15,6 +15,7 @@ import torch.distributed as dist
 from setups.models import DECODER, SHAPE, TOKENS, WIDTH, WORDS
 from setups.runs import FULL, same, sgd
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
@@ -89,7 +90,9 @@ def piped(rank: int, kind: str, names: str, count: int, by: str) -> tuple[list[f
     for converted in [parts] if by == "together" else parts:
         convert(converted, FULL, verbose=False)
     stages = [PipelineStage(part, i, count, torch.device("cpu")) for i, part in zip(mine, parts, strict=True)]
-    losses = drive(kind, stages, sgd(parts), 0)
+    optimizer = sgd(parts)
+    get_optimizer_state_dict(parts, optimizer)  # makes an empty state by a step, which commits where nothing was seen
+    losses = drive(kind, stages, optimizer, 0)
     return losses, {i: part.state_dict() for i, part in zip(mine, parts, strict=True)}
 
 
