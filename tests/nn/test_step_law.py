@@ -194,6 +194,59 @@ def test_the_window_counts_optimizer_steps() -> None:
     assert (net[0].fp8_history[0] > 0).sum() == 1
 
 
+def test_steps_count_commits_in_which_a_layer_was_seen() -> None:
+    net = converted()
+    optimizer = sgd(net)
+    for n in range(3):
+        step(net, optimizer, batch(n), batch(n + 1))
+        commit(net)
+        net[0](batch(n))
+        commit(net)
+    assert [int(net[0].fp8_step), int(net[2].fp8_step)] == [6, 3]
+
+
+def test_a_weight_is_quantized_once_a_step() -> None:
+    """Micro-batches after the first find its codes; the counters say how often they were made."""
+    net = converted()
+    optimizer = sgd(net)
+    step(net, optimizer, batch(0))
+    weight, inputs = net[0].fp8_counters[1, 0].clone(), net[0].fp8_counters[0, 0].clone()
+    for n in range(4):
+        net(batch(n)).square().mean().backward()
+    made = int(net[0].fp8_counters[1, 0] - weight) // net[0].weight.numel()
+    assert made == 1
+    assert net[0].fp8_counters[0, 0] - inputs == 4 * batch(0).numel()
+    optimizer.step()
+    assert torch.equal(net(batch(9)), net.eval()(batch(9)))  # new codes after the update: eval keeps none
+
+
+def test_a_weight_written_within_a_step_is_quantized_anew() -> None:
+    net = converted()
+    step(net, sgd(net), batch(0))
+    for _ in range(2):
+        net(batch(1)).square().mean().backward()
+    with torch.no_grad():
+        net[0].weight.mul_(0.5)
+    trained = net(batch(1))
+    assert torch.equal(trained, net.eval()(batch(1)))
+
+
+def test_a_held_scale_stays_where_it_is() -> None:
+    """Static roles of a recipe are noted and not moved; delayed ones of the same layer move."""
+    net = converted()
+    step(net, sgd(net), batch(0))
+    held = RECIPE.replace(input=RECIPE.frozen().input)
+    other = converted(held)
+    other.load_state_dict(net.state_dict())
+    scale = other[0].fp8_scale.clone()
+    step(other, sgd(other), batch(1, 50.0))
+    with torch.no_grad():
+        other[0].weight.mul_(3.0)
+    step(other, sgd(other), batch(1, 50.0))
+    assert other[0].fp8_scale[0] == scale[0]
+    assert other[0].fp8_scale[1] > 2 * scale[1]
+
+
 def test_an_optimizer_of_another_model_commits_nothing() -> None:
     net, other = converted(), converted(seed=1)
     net(batch(0)).sum().backward()
