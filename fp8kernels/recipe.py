@@ -11,7 +11,7 @@ from typing import Any
 from .formats import get_format
 from .kernels.quantize import carrier
 from .scaling.block import get_block
-from .scaling.rules import Algorithm, get_algorithm
+from .scaling.rules import DECAY, Algorithm, get_algorithm
 
 SCALINGS = ("delayed", "current", "static")
 POLICIES = ("warn", "raise", "fallback", "ignore")
@@ -91,7 +91,9 @@ class Recipe:
     """Which format and scaling the input, the weight and the output gradient of a layer get.
 
     grad          None keeps gradients in the precision of the output (BF16 under autocast)
-    algorithm     history to amax: "max", "moving_average", "most_recent", or a function [T, window] -> [T]
+    algorithm     history to amax: "max", "moving_average" (the mean of the window), "exponential_moving_average",
+                  "most_recent", or a function [T, window] -> [T]
+    decay         of the exponential moving average: what an amax weighs against that of the next step
     window        optimizer steps that a history holds
     margin        binades of head-room above amax
     power_of_two  scales are rounded up to powers of two
@@ -106,6 +108,7 @@ class Recipe:
     weight: Role
     grad: Role | None = None
     algorithm: str | Algorithm = "max"
+    decay: float = DECAY
     window: int = 64
     margin: int = 0
     power_of_two: bool = False
@@ -117,6 +120,8 @@ class Recipe:
         get_algorithm(self.algorithm)
         if self.window < 1 or self.warmup_steps < 0:
             raise ValueError(f"window={self.window} must be >= 1 and warmup_steps={self.warmup_steps} >= 0")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay={self.decay} must be between 0 and 1")
         for pattern, _ in self.overrides:
             if pattern.startswith("re:"):
                 re.compile(pattern[3:])

@@ -1,7 +1,3 @@
-#include <pybind11/stl.h>
-
-#include <vector>
-
 #include "bind.h"
 #include "commit/commit.h"
 
@@ -10,15 +6,19 @@ using namespace fp8kernels;
 void bind_commit(py::module_& m) {
     m.def(
         "commit",
-        // Six numbers a layer: the addresses of history, pending, scale and target, then tensors and window.
-        [](const std::vector<uintptr_t>& states, int algorithm, float headroom, bool power_of_two) {
+        // The address of a table of seven numbers a layer: the addresses of history, pending, scale and target,
+        // tensors, window, and the address of its step or 0.
+        [](uintptr_t table, int64_t layers, int algorithm, float headroom, bool power_of_two, float decay) {
             const py::gil_scoped_release release;
-            for (size_t i = 0; i + 6 <= states.size(); i += 6) {
-                commit({pointer<float>(states[i]), pointer<float>(states[i + 1]), pointer<float>(states[i + 2]),
-                        pointer<const float>(states[i + 3]), static_cast<int64_t>(states[i + 4]),
-                        static_cast<int64_t>(states[i + 5])},
-                       static_cast<Algorithm>(algorithm), {headroom, power_of_two});
+            const auto* at = pointer<const uintptr_t>(table);
+            for (int64_t i = 0; i < layers; ++i, at += 7) {
+                const ScaleState state{pointer<float>(at[0]),       pointer<float>(at[1]),
+                                       pointer<float>(at[2]),       pointer<const float>(at[3]),
+                                       static_cast<int64_t>(at[4]), static_cast<int64_t>(at[5]),
+                                       pointer<int64_t>(at[6])};
+                commit(state, static_cast<Algorithm>(algorithm), {headroom, power_of_two}, decay);
             }
         },
-        py::arg("states"), py::arg("algorithm"), py::arg("headroom"), py::arg("power_of_two"));
+        py::arg("table"), py::arg("layers"), py::arg("algorithm"), py::arg("headroom"), py::arg("power_of_two"),
+        py::arg("decay"));
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.commit import ScaleRule
-from ..ops import commit_states
+from ..ops.commit import prepare
 from ..scaling.delayed import INPUT
 from . import state
 from .fallback import fallbacks
@@ -32,7 +32,8 @@ class Prepared:
         self.history = [layer.fp8_history for layer in found]
         self.address = self.pending[0].data_ptr()
         self.commits: list[Callable[[], None]] = [
-            prepare([layer.fp8_state() for layer in members], rule) for rule, members in _by_rule(found).items()
+            prepare([layer.fp8_state() for layer in members], rule, [layer.fp8_step for layer in members])
+            for rule, members in _by_rule(found).items()
         ]
         self.readers = pairs(found)
         self.sharing = _views(self.readers)
@@ -101,23 +102,12 @@ class Prepared:
         """Pending enters the histories, histories become scales; kept weight codes go; warm-up may end."""
         for fallback in self.fallbacks:
             fallback.decide()
-        seen = [(p > 0).any().to(torch.int64) for p in self.pending]
-        torch._foreach_add_([layer.fp8_step for layer in self.layers], seen)
         for commit in self.commits:
             commit()
         for layer, keeps in zip(self.layers, self.keeps, strict=True):
             layer.fp8_kept.drop(allowed=keeps)
             if not layer.fp8_warm:
                 layer.fp8_sync_step()
-
-
-def prepare(states: Any, rule: ScaleRule) -> Callable[[], None]:
-    def run() -> None:
-        for _, pending, _, target in states:
-            pending.copy_(torch.where(target > 0, pending, 0.0))
-        commit_states(states, rule)
-
-    return run
 
 
 def prepared(found: list[ScaledLayer]) -> Prepared:
@@ -134,7 +124,7 @@ def _by_rule(found: list[ScaledLayer]) -> dict[ScaleRule, list[ScaledLayer]]:
     groups: dict[ScaleRule, list[ScaledLayer]] = {}
     for layer in found:
         recipe = layer.fp8_recipe
-        rule = ScaleRule(recipe.algorithm, 0, recipe.power_of_two)
+        rule = ScaleRule(recipe.algorithm, 0, recipe.power_of_two, recipe.decay)
         groups.setdefault(rule, []).append(layer)
     return groups
 

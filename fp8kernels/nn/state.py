@@ -236,7 +236,7 @@ class ScaledLayer(nn.Module):
     def _follow_histories(self) -> None:
         """Scales are what the recipe makes of the histories: those of another recipe's checkpoint are made again."""
         recipe = self.fp8_recipe
-        amax = get_algorithm(recipe.algorithm)(self.fp8_history)  # [3]
+        amax = get_algorithm(recipe.algorithm, recipe.decay)(self.fp8_history)  # [3]
         target = torch.where(self.fp8_target > 0, self.fp8_target, 1.0)
         scale = scale_from_amax(amax, target, power_of_two=recipe.power_of_two)  # [3]
         moves = (amax > 0) & (self.fp8_target > 0) & (scale != self.fp8_scale)

@@ -153,7 +153,7 @@ def act_backward_cases() -> Iterator[Arguments]:
 
 
 def commit_cases() -> Iterator[Arguments]:
-    for algorithm in ("max", "moving_average", "most_recent"):
+    for algorithm in ("max", "moving_average", "most_recent", "exponential_moving_average"):
         states = [
             State(torch.rand(3, window), torch.tensor([1.5, 0.0, torch.inf]), torch.rand(3), torch.full((3,), 15.0))
             for window in (1, 40)

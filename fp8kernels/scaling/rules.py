@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32, so that dividing by a scale cannot overflow through a subnormal
+DECAY = 0.9  # of an exponential moving average, from a step to the one before
 LARGEST_SCALE = float(torch.finfo(torch.float32).max)
 
 Algorithm = Callable[[Tensor], Tensor]
@@ -51,20 +53,39 @@ def history_moving_average(history: Tensor) -> Tensor:
     return total / filled
 
 
-ALGORITHMS: dict[str, Algorithm] = {
+def history_exponential_moving_average(history: Tensor, decay: float) -> Tensor:
+    """[T, window] -> [T]: the mean of the filled slots, each weighing `decay` times the next newer one.
+
+    A function of the window alone: what an endless average would still hold of older steps weighs less than
+    decay**window
+    """
+    total, weights = torch.zeros_like(history[:, 0]), torch.zeros_like(history[:, 0])
+    weight = torch.ones((), dtype=history.dtype, device=history.device)
+    for slot in range(history.shape[1]):  # in this order on every backend, each step rounded to fp32
+        amax = history[:, slot]
+        total = total + weight * amax
+        weights = torch.where(amax > 0, weights + weight, weights)
+        weight = weight * decay
+    return torch.where(weights > 0, total / weights, 0.0)
+
+
+ALGORITHMS: dict[str, Callable[..., Tensor]] = {
     "max": history_max,
     "moving_average": history_moving_average,
     "most_recent": history_most_recent,
+    "exponential_moving_average": history_exponential_moving_average,
 }
 
 
-def get_algorithm(algorithm: str | Algorithm) -> Algorithm:
-    """The rule of that name; a function [T, window] -> [T] is returned as it is.
+def get_algorithm(algorithm: str | Algorithm, decay: float = DECAY) -> Algorithm:
+    """The rule of that name, with the decay of an exponential average; a function [T, window] -> [T] stays as it is.
 
     raises   ValueError naming the known rules
     """
     if callable(algorithm):
         return algorithm
+    if algorithm == "exponential_moving_average":
+        return functools.partial(history_exponential_moving_average, decay=decay)
     if algorithm in ALGORITHMS:
         return ALGORITHMS[algorithm]
     raise ValueError(

@@ -37,7 +37,7 @@ State random_state(int64_t tensors, int64_t window, std::mt19937& random) {
                             : roll == 3 ? 1e-44f
                                         : amax(random));
         s.scale.push_back(amax(random));
-        s.target.push_back(t % 2 ? 224.0f : 15.0f);
+        s.target.push_back(dice(random) == 0 ? 0.0f : t % 2 ? 224.0f : 15.0f);
     }
     return s;
 }
@@ -54,8 +54,9 @@ void check_commit(int64_t layers, int64_t tensors, int64_t window, Algorithm alg
     for (int turn = 0; turn < 2; ++turn) {  // the second time nothing is pending, and nothing changes
         std::vector<ScaleState> views;
         for (State& s : got) views.push_back(s.view());
-        CHECK(commit_cuda(views.data(), layers, algorithm, rule, nullptr) == 0, "%lld", static_cast<long long>(layers));
-        for (State& s : want) commit(s.view(), algorithm, rule);
+        CHECK(commit_cuda(views.data(), layers, algorithm, rule, 0.9f, nullptr) == 0, "%lld",
+              static_cast<long long>(layers));
+        for (State& s : want) commit(s.view(), algorithm, rule, 0.9f);
         for (size_t i = 0; i < want.size(); ++i) {
             const bool all = same(want[i].history, got[i].history) && same(want[i].pending, got[i].pending) &&
                              same(want[i].scale, got[i].scale);
@@ -69,7 +70,8 @@ void check_commit(int64_t layers, int64_t tensors, int64_t window, Algorithm alg
 }  // namespace
 
 int main() {
-    for (const Algorithm algorithm : {Algorithm::max, Algorithm::moving_average, Algorithm::most_recent}) {
+    for (const Algorithm algorithm :
+         {Algorithm::max, Algorithm::moving_average, Algorithm::most_recent, Algorithm::exponential_moving_average}) {
         for (const int64_t window : {1, 2, 31, 32, 33, 64, 100}) {
             for (const int64_t tensors : {1, 3, 6}) {
                 check_commit(2, tensors, window, algorithm, {1.0f, false});

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8kernels.kernels.commit import ScaleRule, State, cpu, reference
-from fp8kernels.scaling.rules import history_max
+from fp8kernels.scaling.rules import ALGORITHMS, history_max
 
 
 def state(tensors: int, window: int, size: float) -> State:
@@ -19,14 +19,15 @@ def state(tensors: int, window: int, size: float) -> State:
     pending[0] = 0
     if tensors > 2:
         pending[1], pending[2] = float("inf"), float("nan")
-    return State(history, pending, torch.rand(tensors), torch.tensor([15.0, 448.0, 57344.0])[torch.arange(tensors) % 3])
+    target = torch.tensor([15.0, 448.0, 57344.0, 0.0])[torch.arange(tensors) % 4]  # 0: held
+    return State(history, pending, torch.rand(tensors), target)
 
 
-@pytest.mark.parametrize("algorithm", ("max", "moving_average", "most_recent"))
+@pytest.mark.parametrize("algorithm", tuple(ALGORITHMS))
 def test_commit(algorithm: str) -> None:
     for window, margin, power_of_two in itertools.product((1, 2, 16, 64), (0, 1, -2), (False, True)):
         sizes = (1.0, 1e-44, 1e-38, 1e38, 448.0)
-        states = [state(tensors, window, size) for size in sizes for tensors in (1, 3, 5)]
+        states = [state(tensors, window, size) for size in sizes for tensors in (1, 3, 6)]
         copies = [State(*(x.clone() for x in s)) for s in states]
         rule = ScaleRule(algorithm, margin, power_of_two)
         assert cpu.why_not(states, rule) is None

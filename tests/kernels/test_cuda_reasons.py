@@ -52,7 +52,7 @@ for fmt in FORMATS.values():
             assert all(torch.equal(a, b) for a, b in zip(ours, wanted)), (fmt, block, dtype)
             assert torch.equal(*both("dequantize", ours.codes, ours.scale, fmt, dtype)), (fmt, block, dtype)
 assert fp8.explain("quantize", x, "hif8").kernel == "cuda"
-for algorithm in ("max", "moving_average", "most_recent"):
+for algorithm in ("max", "moving_average", "most_recent", "exponential_moving_average"):
     states = [State(torch.rand(3, 40), torch.rand(3), torch.rand(3), torch.full((3,), 15.0)) for _ in range(5)]
     copies = [State(*(x.clone() for x in state)) for state in states]
     kernels = {kernel.name: kernel for kernel in TABLE["commit"]}
@@ -210,13 +210,13 @@ def test_dequantize_hands_over(recorder: Recorder) -> None:
 def test_commit_hands_over_each_state_once(recorder: Recorder) -> None:
     first, second = state(), state()
     commit.commit([first, second, first], ScaleRule("moving_average", margin=1))
-    flat, algorithm, headroom, power_of_two, stream = recorder.args
+    flat, algorithm, headroom, power_of_two, decay, stream = recorder.args
 
     def numbers(s: State) -> list[int]:
         return [*(x.data_ptr() for x in s), 3, 16]
 
     assert flat == numbers(first) + numbers(second)
-    assert (algorithm, headroom, power_of_two, stream) == (1, 2.0, False, STREAM)
+    assert (algorithm, headroom, power_of_two, decay, stream) == (1, 2.0, False, ScaleRule().decay, STREAM)
 
 
 def test_errors_in_words(recorder: Recorder) -> None:

@@ -144,6 +144,7 @@ CASES = {
         "max",
         0,
         False,
+        0.9,
     ),
     "copy": lambda: (torch.randn(3, 4),),
 }

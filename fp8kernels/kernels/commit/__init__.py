@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...scaling.rules import Algorithm
+from ...scaling.rules import DECAY, Algorithm
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class ScaleRule:
     algorithm: str | Algorithm = "max"
     margin: int = 0
     power_of_two: bool = False
+    decay: float = DECAY
 
 
 class State(NamedTuple):
@@ -25,7 +26,7 @@ class State(NamedTuple):
     history  fp32 [T, window], slot 0 the newest, 0 where empty
     pending  fp32 [T], the largest amax since the last commit, 0 where the tensor was not seen
     scale    fp32 [T], 0 while the history is empty
-    target   fp32 [T], on the same device
+    target   fp32 [T], on the same device; 0 where a scale is held (static): then nothing but pending changes
     """
 
     history: Tensor

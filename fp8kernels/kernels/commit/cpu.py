@@ -6,16 +6,18 @@ equal   to the reference to the bit, with the same order of the sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ..compiled import load
 from . import ScaleRule, State
 
 _cpu, MISSING = load("_cpu")
 
-ALGORITHMS = {"max": 0, "moving_average": 1, "most_recent": 2}  # Algorithm of csrc/commit/commit.h
+# Algorithm of csrc/commit/commit.h
+ALGORITHMS = {"max": 0, "moving_average": 1, "most_recent": 2, "exponential_moving_average": 3}
 
 
 def why_not(states: Sequence[State], rule: ScaleRule) -> str | None:
@@ -34,9 +36,26 @@ def why_not(states: Sequence[State], rule: ScaleRule) -> str | None:
 
 def commit(states: Sequence[State], rule: ScaleRule) -> None:
     """Roll every history that has something pending, make its scale, and clear what was pending; all in place."""
-    numbers: list[int] = []
-    for history, pending, scale, target in states:
-        numbers += (
-            history.data_ptr(), pending.data_ptr(), scale.data_ptr(), target.data_ptr(), *history.shape
-        )  # fmt: skip
-    _cpu.commit(numbers, ALGORITHMS[str(rule.algorithm)], 2.0**rule.margin, rule.power_of_two)
+    prepare(states, rule)()
+
+
+def prepare(states: Sequence[State], rule: ScaleRule, steps: Sequence[Tensor] | None = None) -> Callable[[], None]:
+    """The same as a call that can be made again and again, as long as nobody gives the tensors other storage.
+
+    steps  int64 [] of each layer, or None: one more where one of the layer's tensors was seen
+    """
+    numbers = [
+        (
+            state.history.data_ptr(), state.pending.data_ptr(), state.scale.data_ptr(), state.target.data_ptr(),
+            *state.history.shape, 0 if steps is None else steps[index].data_ptr(),
+        )
+        for index, state in enumerate(states)
+    ]  # fmt: skip
+    table = torch.tensor(numbers, dtype=torch.int64)
+    kept = [*states], steps  # their addresses are good while they live
+    arguments = ALGORITHMS[str(rule.algorithm)], 2.0**rule.margin, rule.power_of_two, rule.decay
+
+    def run() -> None:
+        _cpu.commit(table.data_ptr(), len(kept[0]), *arguments)
+
+    return run

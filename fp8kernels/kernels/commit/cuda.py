@@ -55,5 +55,5 @@ def commit(states: Sequence[State], rule: ScaleRule) -> None:
     flat = [number for state in numbers.values() for number in state]
     with cuda.on(device):
         algorithm = ALGORITHMS[str(rule.algorithm)]
-        error = _cuda.commit(flat, algorithm, 2.0**rule.margin, rule.power_of_two, cuda.stream(device))
+        error = _cuda.commit(flat, algorithm, 2.0**rule.margin, rule.power_of_two, rule.decay, cuda.stream(device))
     cuda.check(error, "commit")

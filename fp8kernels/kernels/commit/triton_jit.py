@@ -91,7 +91,7 @@ def commit_kernel(  # type: ignore[no-untyped-def]
     target = tl.load(tl.load(entry + 3).to(tl.pointer_type(tl.float32)))
     window = tl.load(entry + 4).to(tl.int32)
     pending = tl.load(pending_ptr)
-    if (pending > 0) & (size_of(pending) < INF_BITS):
+    if (pending > 0) & (size_of(pending) < INF_BITS) & (target > 0):
         slot = tl.arange(0, SLOTS)
         older = tl.load(history_ptr + slot - 1, mask=(slot > 0) & (slot < window), other=0.0)
         history = tl.where(slot == 0, pending, older)  # 0 beyond the window
