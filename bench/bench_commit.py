@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 
 from fp8kernels.kernels.commit import ScaleRule, State
+from fp8kernels.ops.commit import prepare
 
 from .case import Case, Shape, device_of, generator, pick, reference, text
 from .check import assert_same
 
 FULL, SMALL = (224, 3, 64), (16, 3, 64)  # layers (7 in each of 32 blocks), tensors of a layer, window
+TENSORS = (250, 2, 64)  # 500 tensors
 
 
 def versus_reference(shape: Shape = FULL, backend: str = "cpu") -> Case:
@@ -28,19 +30,56 @@ def versus_reference(shape: Shape = FULL, backend: str = "cpu") -> Case:
             for name in ("history", "pending", "scale"):
                 assert_same(getattr(a, name), getattr(b, name), f"commit {name}")
 
-    def step(given: list[State], commit: Callable[..., None]) -> Callable[[], None]:
-        pending = [state.pending for state in given]
-
-        def work() -> None:
-            torch._foreach_add_(pending, 1.0)
-            commit(given, rule)
-
-        return work
-
     return Case(
         "commit", "commit max", "-", chosen.name, text(shape), "the reference, in torch",
-        step(ours, chosen.run), step(theirs, reference("commit")), check, (f"commit/{chosen.name}",), device=device,
+        step(ours, lambda: chosen.run(ours, rule)), step(theirs, lambda: reference("commit")(theirs, rule)), check,
+        (f"commit/{chosen.name}",), device=device,
     )  # fmt: skip
+
+
+def versus_loop(shape: Shape = TENSORS, backend: str = "cpu") -> Case:
+    """Against a loop of torch calls over tensors, as one writes it: roll, newest in front, maximum, scale, clear."""
+    rule = ScaleRule()
+    chosen = pick("commit", backend, states(shape, "cpu"), rule)
+
+    def ours(given: list[State]) -> Callable[[], None]:
+        return prepare(given, rule, [torch.zeros((), dtype=torch.int64) for _ in given])
+
+    def check() -> None:
+        mine, looped = states(shape, "cpu"), states(shape, "cpu")
+        ours(mine)()
+        loop(looped)
+        for a, b in zip(mine, looped, strict=True):
+            for name in ("history", "pending", "scale"):
+                assert_same(getattr(a, name), getattr(b, name), f"commit {name}")
+
+    mine, theirs = states(shape, "cpu"), states(shape, "cpu")
+    commit = ours(mine)
+    return Case(
+        "commit", "commit max, against a loop", "-", chosen.name, text(shape), "a loop of torch calls over the tensors",
+        step(mine, commit), step(theirs, lambda: loop(theirs)), check, (f"commit/{chosen.name}",),
+    )  # fmt: skip
+
+
+def loop(given: list[State]) -> None:
+    """Delayed scaling as a training loop would do it for each tensor by itself."""
+    for state in given:
+        for history, pending, scale, target in zip(*state, strict=True):
+            history.copy_(history.roll(1))
+            history[0] = pending
+            scale.copy_(history.max() / target)
+            pending.zero_()
+
+
+def step(given: list[State], commit: Callable[[], None]) -> Callable[[], None]:
+    """Something is seen of every tensor, and committed."""
+    pending = [state.pending for state in given]
+
+    def work() -> None:
+        torch._foreach_add_(pending, 1.0)
+        commit()
+
+    return work
 
 
 def states(shape: Shape, device: str) -> list[State]:
