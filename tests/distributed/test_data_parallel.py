@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.plain import STEPS, Run, every_time, held, locally_first, plain, seed
 from distributed.ranks import run
+from fp8kernels import Recipe
+from fp8kernels.nn import state
+from fp8kernels.nn.prepared import Prepared
 
 
 class Lightning(nn.Module):
@@ -42,8 +46,8 @@ def neighbours_first(bucket: Any) -> Any:
     return future
 
 
-def parallel(rank: int, micro: int, order: str, how: dict[str, Any]) -> Run:
-    net, out = converted("llama"), Run()
+def parallel(rank: int, micro: int, order: str, how: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
+    net, out = converted("llama").to(dtype), Run()
     wrapped = DistributedDataParallel(Lightning(net), **how)
     if dist.get_world_size() == 4:
         wrapped.register_comm_hook(None, lambda _, bucket: neighbours_first(bucket))
@@ -69,6 +73,30 @@ def test_accumulation(order: str, *, broadcast: bool) -> None:
     held(got, plain(2, 2, order=locally_first if order == "no_sync" else every_time))
 
 
+def without_reduction(rank: int) -> Run:
+    """A fault: each rank makes scales of what it alone has seen."""
+    Prepared.reduce = lambda *_: None  # type: ignore[method-assign]
+    return parallel(rank, 1, "every time", {"broadcast_buffers": False})
+
+
+def without_protection(rank: int) -> Run:
+    """A fault: what rank 0 has noted is sent to the others in the middle of a step."""
+    state.leave_to_ranks = lambda: None
+    vars(sys.modules["fp8kernels.convert.convert"])["_keep_from_broadcast"] = lambda _: None
+    return parallel(rank, 2, "every time", {})
+
+
+@pytest.mark.parametrize("fault, micro", [(without_reduction, 1), (without_protection, 2)])
+def test_these_tests_see_faults(fault: Any, micro: int) -> None:
+    got, want = run(fault, 2), plain(2, micro, order=every_time)
+    lost = [
+        key for key in want[0].state if key.endswith("fp8_history") and (got[0].state[key] < want[0].state[key]).any()
+    ]
+    assert lost
+    with pytest.raises(AssertionError):
+        held(got, want)
+
+
 def test_four_ranks() -> None:
     held(run(parallel, 4, 1, "every time", {}), plain(4))
 
@@ -76,3 +104,11 @@ def test_four_ranks() -> None:
 @pytest.mark.parametrize("how", [{"static_graph": True}, {"gradient_as_bucket_view": True}], ids=str)
 def test_other_ways_of_ddp(how: dict[str, Any]) -> None:
     held(run(parallel, 2, 1, "every time", how), plain(2))
+
+
+def bf16(recipe: Recipe) -> nn.Module:
+    return converted("llama", recipe).bfloat16()
+
+
+def test_bf16() -> None:
+    held(run(parallel, 2, 2, "no_sync", {}, torch.bfloat16), plain(2, 2, make=bf16))
