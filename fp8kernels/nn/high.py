@@ -50,7 +50,7 @@ class _NoteGradient(torch.autograd.Function):
         (recipe, carrier), (scale, pending, counters) = ctx.how, ctx.state
         at, g = slice(GRAD, GRAD + 1), local(grad)
         quantize_role(
-            g.reshape(-1, g.shape[-1]),
+            g,
             recipe.grad,
             recipe.target(GRAD),
             recipe.power_of_two,
