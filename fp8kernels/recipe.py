@@ -218,13 +218,17 @@ E4M3_BLOCK128 = Recipe(
 RECIPES = {recipe.name: recipe for recipe in (HIF8_QAT, E4M3_DELAYED, E4M3_ROW, E4M3_BLOCK128)}
 
 
-def get_recipe(recipe: Recipe | str) -> Recipe:
-    """The recipe of that name; a Recipe is returned as it is.
+def get_recipe(recipe: Recipe | str | object) -> Recipe:
+    """The recipe of that name, or what another library's recipe object means (peers.py); a Recipe stays as it is.
 
-    raises   ValueError naming the near matches
+    raises   ValueError naming the near matches, or the field of the object that has no counterpart
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str):
+        from .peers import from_peer
+
+        return from_peer(recipe)
     if recipe not in RECIPES:
         raise ValueError(_unknown("recipe", recipe, RECIPES))
     return RECIPES[recipe]
