@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from setups.models import batch, build
-from setups.runs import FULL, converted, sgd
+from setups.runs import FULL, converted, same, sgd
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from distributed.plain import STEPS, Run, held, locally_first, plain, ranks_first, seed
+from distributed.plain import RANKS_OWN, STEPS, Run, held, locally_first, plain, ranks_first, seed
 from distributed.ranks import run
 from fp8kernels import convert
+from fp8kernels.scaling.delayed import WEIGHT
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -51,8 +52,24 @@ def train(net: Any, rank: int, micro: int = 1, *, no_sync: bool = False) -> Run:
     return out
 
 
-def accumulate(rank: int, micro: int, order: str) -> Run:
-    return train(shard(converted("llama")), rank, micro, no_sync=order == "no_sync")
+def accumulate(rank: int, micro: int, order: str, dtype: torch.dtype = torch.float32) -> Run:
+    return train(shard(converted("llama").to(dtype)), rank, micro, no_sync=order == "no_sync")
+
+
+def mixed(rank: int) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Weights in fp32 of which layers see bf16: for each step the weights before it, and the state after it."""
+    policy, net, out = MixedPrecisionPolicy(torch.bfloat16, torch.float32), converted("llama"), []
+    for block in net.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(net, mp_policy=policy)
+    optimizer = sgd(net)
+    for n in range(STEPS):
+        before = whole(net)
+        net(**batch("llama", seed(n, rank, 0))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append((before, whole(net)))
+    return out
 
 
 def recompute(rank: int) -> Run:
@@ -75,8 +92,6 @@ def from_meta(rank: int, converts: str) -> Run:
     net.to_empty(device="cpu")
     net.model.rotary_emb.__init__(net.config)  # its frequencies are in no checkpoint
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
     set_model_state_dict(net, source if rank == 0 else {}, options=options)
     return train(net, rank)
 
@@ -106,6 +121,22 @@ def test_activation_checkpointing() -> None:
     for each in got:
         each.state = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in each.state.items()}
     held(got, plain(2), counters=False)
+
+
+def test_bf16() -> None:
+    got = run(accumulate, 2, 2, "no_sync", torch.bfloat16)
+    held(got, plain(2, 2, make=lambda recipe: converted("llama", recipe).bfloat16()))
+
+
+def test_mixed_precision() -> None:
+    """The history of a weight is of what the layer multiplies, which is rounded to bf16; ranks have the same scales."""
+    for (before, first), (_, second) in zip(*run(mixed, 2), strict=True):
+        keys = [key for key in first if key.endswith("fp8_history")]
+        assert len(keys) == 14
+        for key in keys:
+            weight = before[key.replace("fp8_history", "weight")]
+            assert first[key][WEIGHT, 0] == weight.bfloat16().abs().max()
+        same(first, second, but=RANKS_OWN)
 
 
 @pytest.mark.parametrize("converts", ["before", "sharded"])
