@@ -105,6 +105,7 @@ def alone(path: str, ranks: int) -> tuple[dict[str, Any], list[list[float]], dic
     return loaded, losses, net.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_two_ranks_to_four_and_one(kind: str, tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from setups.runs import same
 
@@ -16,6 +17,7 @@ from distributed.plain import RANKS_OWN, mean, one_thread
 RANKS = 2
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     script = [str(Path(__file__).with_name("launched.py")), str(tmp_path)]
