@@ -44,6 +44,9 @@ PANGU_1B = StepSize(
     LlamaSize(vocab=153376, hidden=1536, intermediate=6144, layers=26, heads=12, kv_heads=6, context=1024),
     batch=8, sequence=1024, config=(("attention_bias", True), ("tie_word_embeddings", True), ("rms_norm_eps", 1e-5)),
 )  # fmt: skip
+# a Llama of 30M parameters, embeddings and head included, on 1k tokens: what one trains on a CPU
+LLAMA_30M = StepSize(LlamaSize(vocab=8192, hidden=512, intermediate=1408, layers=7, heads=8, context=256), 4, 256)
+MODELS = {"demo": DEMO, "llama-30m": LLAMA_30M}
 TINY = StepSize(LlamaSize(256, 64, 128, 2, 4, 64, kv_heads=2), 2, 64)
 
 
@@ -97,8 +100,11 @@ def _torchao(model: nn.Module) -> nn.Module:
     return _compile(model)
 
 
-def versus_bf16(recipe: str = "hif8-qat", size: DemoSize = DEMO, backend: str = "cpu") -> Case:
-    """Forward, backward, clipping, AdamW, and the commit of the scales."""
+def versus_bf16(
+    recipe: str = "hif8-qat", model: str = "demo", backend: str = "cpu", size: DemoSize | StepSize | None = None
+) -> Case:
+    """Forward, backward, clipping, AdamW, and the commit of the scales; of one of MODELS, or of any size."""
+    name, size = (model, MODELS[model]) if size is None else ("any", size)
     ours, theirs = Run(size, recipe), Run(size, None)
     for _ in range(SETTLE):
         ours.step()
@@ -113,10 +119,45 @@ def versus_bf16(recipe: str = "hif8-qat", size: DemoSize = DEMO, backend: str = 
     shape = f"{size.batch}x{size.sequence} tokens"
     fmt = fp8kernels.get_recipe(recipe).weight.fmt
     return Case(
-        "train", f"training step, {recipe}", fmt, backend, shape, "the same step in BF16",
+        "train", f"training step, {recipe}" + (f", {name}" if name == "llama-30m" else ""), fmt, backend, shape,
+        "the same step in BF16",
         ours.step, theirs.step, check, tuple(f"{verb}/{backend}" for verb in VERBS),
         unit=TIME, extra={"parameters": ours.parameters, "converted_layers": ours.layers},
     )  # fmt: skip
+
+
+def commit_of_step(recipe: str = "hif8-qat", size: DemoSize = DEMO, backend: str = "cpu") -> Case:
+    """The commit of a model's scales after a forward and backward, against a whole training step with its commit."""
+    run, step = Run(size, recipe), Run(size, recipe)
+    for _ in range(SETTLE):
+        run.step()
+        step.step()
+    pending = [layer.fp8_pending for layer in run.model.modules() if isinstance(layer, fp8kernels.nn.Linear)]
+    seen = [amax.clone() for amax in _forward(run, pending)]
+
+    def commit() -> None:
+        torch._foreach_copy_(pending, seen)  # as after a forward; a commit of nothing would be less work
+        fp8kernels.commit(run.model)
+
+    def check() -> None:
+        commit()
+        for layer, amax in zip(
+            (m for m in run.model.modules() if isinstance(m, fp8kernels.nn.Linear)), seen, strict=True
+        ):
+            assert torch.equal(layer.fp8_history[:2, 0], amax[:2]), (
+                f"{layer.fp8_name}: what was pending is in no history"
+            )
+            assert not layer.fp8_pending.any(), f"{layer.fp8_name}: something is pending after a commit"
+
+    return Case(
+        "train", f"commit of a training step, {recipe}", fp8kernels.get_recipe(recipe).weight.fmt, backend,
+        f"{len(pending)} layers", "a QAT training step", commit, step.step, check, (f"commit/{backend}",), unit=TIME,
+    )  # fmt: skip
+
+
+def _forward(run: Run, pending: list[Tensor]) -> list[Tensor]:
+    run.model(input_ids=run.batches[0])
+    return pending
 
 
 class Run:
@@ -157,6 +198,10 @@ def batches(size: DemoSize | StepSize) -> Tensor:
 
 def test_train(backend: str, race: Callable[[Case], None]) -> None:
     race(versus_bf16(size=QUICK, backend=backend))
+
+
+def test_commit_of_step(backend: str, race: Callable[[Case], None]) -> None:
+    race(commit_of_step(size=QUICK, backend=backend))
 
 
 def test_train_compiled(backend: str, race: Callable[[Case], None]) -> None:

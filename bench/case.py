@@ -15,7 +15,7 @@ from . import cuda_time, measure
 from .measure import Comparison, Samples, Work
 from .shapes import Shape
 
-SPEED, BANDWIDTH, TIME = "times as fast", "of its GB/s", "of its time"
+SPEED, BANDWIDTH, TIME, MEMORY = "times as fast", "of its GB/s", "of its time", "of its memory"
 MICROSECONDS, TERAFLOPS = "µs", "TFLOP/s"
 ANY = "table"  # in place of a backend: the kernel that the table of ops/table.py chooses
 
@@ -27,7 +27,8 @@ class Case:
     verb            which bench file, and which file of rows
     check           raises AssertionError where ours is wrong; compares with the reference kernels
     unit            what the figure means: SPEED (baseline time / ours), BANDWIDTH (our GB/s / its GB/s), TIME (our
-                    time / its), MICROSECONDS or TERAFLOPS of ours alone
+                    time / its), MEMORY (our bytes / its: samples are GB in place of seconds, so that a row has MB in
+                    place of milliseconds), MICROSECONDS or TERAFLOPS of ours alone
     moved           bytes that ours has to read and write; 0 where that does not describe it
     baseline_moved  the same of the baseline
     flop            operations of a product
@@ -68,7 +69,7 @@ class Case:
 
     def figure(self, timing: Comparison) -> float:
         """The number that a goal is set for."""
-        if self.unit == TIME:
+        if self.unit in (TIME, MEMORY):
             return 1 / timing.speedup
         if self.unit == MICROSECONDS:
             return 1e3 * timing.ours.p50

@@ -16,7 +16,7 @@ import importlib.metadata
 import torch  # noqa: F401  first: the compiled module shares its OpenMP runtime
 
 from . import nn, serving
-from .convert import convert, plan, revert
+from .convert import convert, revert
 from .export import export
 from .formats import E4M3, E5M2, FORMATS, HIF8, Format, get_format
 from .nn.fallback import FallbackWarning
@@ -37,6 +37,7 @@ from .ops import (
 )
 from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
 from .scaling import BLOCKS, Block, QTensor, get_block, without_state
+from .sensitivity import Plan, Sensitivity, plan
 from .telemetry import CarrierWarning, SaturationError, SaturationWarning, log_to, report, summary
 
 try:
@@ -56,11 +57,13 @@ __all__ = [
     "CarrierWarning",
     "FallbackWarning",
     "Format",
+    "Plan",
     "QTensor",
     "Recipe",
     "Role",
     "SaturationError",
     "SaturationWarning",
+    "Sensitivity",
     "activation_quantize",
     "all_gather_codes",
     "commit",

@@ -37,8 +37,7 @@ def from_peer(peer: object) -> Recipe:
         raise ValueError(f"a recipe cannot be read from {name}: {REFUSED[name]}")
     if name not in READERS:
         raise ValueError(
-            f"a recipe is a name, a Recipe, or TransformerEngine's or torchao's "
-            f"{', '.join(READERS)}; this is {peer!r}"
+            f"a recipe is a name, a Recipe, or TransformerEngine's or torchao's {', '.join(READERS)}; this is {peer!r}"
         )
     return READERS[name](peer)
 

@@ -14,7 +14,7 @@ import torch
 
 import fp8kernels
 from bench import device, goals, ledger, measure, readme, shapes, when
-from bench.case import BANDWIDTH, MICROSECONDS, SPEED, TERAFLOPS, TIME, Case, noted, text
+from bench.case import BANDWIDTH, MEMORY, MICROSECONDS, SPEED, TERAFLOPS, TIME, Case, noted, text
 from bench.measure import Comparison, Spread
 
 TIMING = Comparison(Spread(1.0, 2.0, 3.0), Spread(3.0, 4.0, 5.0), speedup=2.0, rounds=7)
@@ -30,7 +30,8 @@ def case(**changes: object) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("unit", "figure"), [(SPEED, 2.0), (BANDWIDTH, 1.5), (TIME, 0.5), (MICROSECONDS, 2000.0), (TERAFLOPS, 0.001)]
+    ("unit", "figure"),
+    [(SPEED, 2.0), (BANDWIDTH, 1.5), (TIME, 0.5), (MEMORY, 0.5), (MICROSECONDS, 2000.0), (TERAFLOPS, 0.001)],
 )
 def test_figure(unit: str, figure: float) -> None:
     assert case(unit=unit).figure(TIMING) == figure
@@ -130,11 +131,11 @@ def test_goal_names_a_measurement_that_exists(goal: goals.Goal | goals.Survey) -
         build = getattr(importlib.import_module(f"bench.{module}"), function)
         inspect.signature(build).bind(**job.arguments)
         assert job.device in ("cpu", "cuda")
-    assert goal.unit in (SPEED, BANDWIDTH, TIME, MICROSECONDS, TERAFLOPS)
+    assert goal.unit in (SPEED, BANDWIDTH, TIME, MEMORY, MICROSECONDS, TERAFLOPS)
     if isinstance(goal, goals.Goal):
         assert goal.value > 0
         assert goal.reduce in goals.REDUCTIONS
-        assert goal.direction == ("at most" if goal.unit in (TIME, MICROSECONDS) else "at least")
+        assert goal.direction == ("at most" if goal.unit in (TIME, MEMORY, MICROSECONDS) else "at least")
 
 
 def test_goal_names_are_different() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fp8kernels
-from fp8kernels import Recipe, Role, convert, get_recipe, plan, revert
+from fp8kernels import Recipe, Role, convert, get_recipe, revert
+from fp8kernels.convert import decide
 from fp8kernels.nn.step import layers
 
 
@@ -31,7 +32,7 @@ class Model(nn.Module):
 
 
 def reasons(model: nn.Module, recipe: str | Recipe = "hif8-qat", keep=None) -> dict[str, str | None]:  # type: ignore[no-untyped-def]
-    return {d.name: d.reason for d in plan(model, get_recipe(recipe), keep)}
+    return {d.name: d.reason for d in decide(model, get_recipe(recipe), keep)}
 
 
 def test_every_layer_has_a_decision_with_a_reason() -> None:

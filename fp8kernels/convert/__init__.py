@@ -1,7 +1,7 @@
 """Walk a model, replace what can be 8-bit, and say what was not and why."""
 
 from .convert import convert, revert
+from .decide import Decision, decide
 from .fuse import Fusion, plan_fusion
-from .plan import Decision, plan
 
-__all__ = ["Decision", "Fusion", "convert", "plan", "plan_fusion", "revert"]
+__all__ = ["Decision", "Fusion", "convert", "decide", "plan_fusion", "revert"]

@@ -17,9 +17,9 @@ from ..nn.state import RANKS_OWN, Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
 from ..recipe import Recipe, get_recipe
 from ..scaling.delayed import PREFIX, is_state
+from .decide import CONVERTED, REPLACEMENTS, Decision, Filter, decide
 from .fuse import Fusion, plan_fusion
 from .fuse import fuse as carry_out
-from .plan import CONVERTED, REPLACEMENTS, Decision, Filter, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,7 +53,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, this is {type(model).__name__}")
     recipe = get_recipe(recipe)
-    decisions = plan(model, recipe, filter)
+    decisions = decide(model, recipe, filter)
     todo = [d for d in decisions if d.recipe is not None]
     if not todo and not any(d.reason == CONVERTED for d in decisions):
         reasons = "\n".join(f"  {d.name or '(the model)'}: {d.reason}" for d in decisions[:20])

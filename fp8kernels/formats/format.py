@@ -73,7 +73,9 @@ class Format:
         tie_goes_down = self.ties == "even" and self.magnitudes[-1][1] % 2 == 0
         if not tie_goes_down:
             return midpoint
-        return float(torch.nextafter(torch.tensor(midpoint), torch.tensor(math.inf)))
+        return float(
+            torch.nextafter(torch.tensor(midpoint, dtype=torch.float32), torch.tensor(math.inf, dtype=torch.float32))
+        )
 
     def table(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The 256 values as a tensor [256]; fp32, bf16 and fp16 hold every value of every format exactly."""

@@ -48,9 +48,9 @@ class InferenceLinear(nn.Module):
         grid = get_block(weight_role.block).grid(out_features, in_features)
         codes = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_scale", torch.ones(grid, device=device))
-        self.register_buffer("input_scale", torch.zeros(1, 1, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("weight_scale", torch.ones(grid, dtype=torch.float32, device=device))
+        self.register_buffer("input_scale", torch.zeros(1, 1, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..kernels.norm_quantize import Norm
 from ..ops import norm as norm_verb  # noqa: F401  registers torch.ops.fp8kernels.norm_quantize
@@ -28,13 +30,23 @@ class FusedNorm(Producer):
 
     def fp8_fused(self, x: Tensor) -> Tensor:
         if not pays(x.device):
-            if isinstance(self, nn.LayerNorm):  # torch's keeps no more than x and two numbers a row by itself
-                return self.fp8_code(self.fp8_plain(x))
-            return self.fp8_code(recomputed(self.fp8_plain, x, parameters=tuple(self._parameters.values())))
+            return self.fp8_code(self.fp8_lean(x))
         norm, dtype = self.fp8_norm(x)
         out: Tensor = _Norm.apply(
             x, norm.weight, norm.bias, norm[2:], dtype, ask(self.fp8_readers, x), self.fp8_readers
         )
+        return out
+
+    def fp8_lean(self, x: Tensor) -> Tensor:
+        """What the module did before, to the bit, keeping no more than x for the backward."""
+        wide = (
+            x.dtype == torch.float32
+        )  # then x itself collects what each of the norm's operations adds to its gradient
+        if isinstance(self, nn.LayerNorm) or (isinstance(self, nn.RMSNorm) and wide):
+            return self.fp8_plain(x)
+        if isinstance(self, nn.RMSNorm):
+            return recomputed(self.fp8_plain, x, parameters=(self.weight,))
+        out: Tensor = _WrittenOut.apply(x, x if wide else None, self.weight, self.variance_epsilon, self.fp8_plain)
         return out
 
     def fp8_norm(self, x: Tensor) -> tuple[Norm, torch.dtype]:
@@ -79,3 +91,38 @@ class _Norm(torch.autograd.Function):
         norm = (weight, bias, *ctx.rest)
         dx, dweight, dbias = torch.ops.fp8kernels.norm_backward(dy, x, rstd, mean if mean.numel() else None, *norm)
         return dx, None if weight is None else dweight, None if bias is None else dbias, None, None, None, None
+
+
+class _WrittenOut(torch.autograd.Function):
+    """transformers' RMSNorm, which is written in operations of torch that keep six tensors of fp32 or x's dtype.
+
+    The backward does what autograd would do, with the same roundings in the same order, but in place: beside x and dy
+    there are never more than three tensors of fp32. An x in fp32 comes twice, so that autograd adds the gradients of
+    its two uses, as row and in the variance, one after the other to what it has from elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, again: Tensor | None, weight: Tensor, eps: float, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.apart = eps, again is not None
+        return run(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = x.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + ctx.eps)  # [..., 1]
+        dx = dx_variance = dweight = None
+        if ctx.needs_input_grad[2]:
+            dweight = (dy * (wide * rstd).to(x.dtype)).sum_to_size(weight.shape)
+        if ctx.needs_input_grad[0]:
+            dx = (dy * weight).to(x.dtype).float()
+            d_variance = -0.5 * (dx * wide).sum(-1, keepdim=True) * rstd.pow(3)  # [..., 1]
+            dx.mul_(rstd)
+            dx_variance = (2.0 * wide).mul_(d_variance / x.shape[-1])
+            if not ctx.apart:
+                dx, dx_variance = dx.add_(dx_variance).to(x.dtype), None
+        return dx, dx_variance, dweight, None, None

@@ -100,7 +100,8 @@ class ScaledLayer(nn.Module):
     def _targets(self, device: Any) -> Tensor:
         """Where the amax of each role lands; a static scale does not move, which 0 says."""
         held = [role is not None and role.scaling == "static" for role in self.fp8_recipe.roles()]
-        return torch.tensor([0.0 if h else self.fp8_recipe.target(i) for i, h in enumerate(held)], device=device)
+        targets = [0.0 if h else self.fp8_recipe.target(i) for i, h in enumerate(held)]
+        return torch.tensor(targets, dtype=torch.float32, device=device)
 
     def detach_state(self) -> None:
         """Take recipe and state away again."""
@@ -327,7 +328,7 @@ def role_arguments(
     fmt, block = get_format(role.fmt), get_block(role.block)
     if role.scaling == "current":
         rows = x.numel() // x.shape[-1] if x.numel() else 0
-        given = torch.zeros(block.grid(rows, x.shape[-1]), device=x.device)
+        given = torch.zeros(block.grid(rows, x.shape[-1]), dtype=torch.float32, device=x.device)
     else:
         given = scale.reshape(1, 1)
     how = (fmt.name, block.name, target, 0, power_of_two, True, transpose, carrier)

@@ -217,7 +217,7 @@ def whole_amax(shards: Sequence[Tensor], groups: Sequence[Any]) -> Tensor:
 def finite_amax(x: Tensor) -> Tensor:
     """fp32 []: what `quantize` makes a scale of; 0 for a shard without elements."""
     if not x.numel():
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     magnitude = x.abs()
     return torch.where(magnitude.isfinite(), magnitude, 0.0).amax().float()
 

@@ -77,7 +77,7 @@ def _quantize_args(
 ) -> tuple[Any, ...]:
     fmt, block = get_format(fmt), get_block(block)
     shape = matrix_shape(x)
-    given = torch.zeros(block.grid(*shape), device=x.device) if scale is None else scale
+    given = torch.zeros(block.grid(*shape), dtype=torch.float32, device=x.device) if scale is None else scale
     k = carrier_shift(fmt, fmt.target) if carrier else None
     return x.reshape(shape), given, Rounding(fmt, block, fmt.target, carrier=k)
 

@@ -35,7 +35,7 @@ def fake_quantize(
     fmt, block = get_format(fmt), get_block(block)
     check.float_tensor(x, "fake_quantize")
     grid = block.grid(*check.matrix_shape(x))
-    given = torch.zeros(grid, device=x.device) if scale is None else given_scale(scale, grid, x)
+    given = torch.zeros(grid, dtype=torch.float32, device=x.device) if scale is None else given_scale(scale, grid, x)
     target = fmt.target if target is None else float(target)
     out: Tensor = torch.ops.fp8kernels.fake_quantize(
         x, given, fmt.name, block.name, target, margin, power_of_two, clip_gradient

@@ -33,7 +33,7 @@ def _linear(
     x_scale  fp32 [1, 1] with x_block "tensor": a static scale, or 0. Other blocks take each block's own amax
     """
     if x_block != "tensor":
-        x_scale = torch.zeros(get_block(x_block).grid(*check.matrix_shape(x)), device=x.device)
+        x_scale = torch.zeros(get_block(x_block).grid(*check.matrix_shape(x)), dtype=torch.float32, device=x.device)
     q = run_quantize(x, x_scale, x_fmt, x_block, target, 0, power_of_two, True, False)
     return run_gemm(q.codes.view(x.shape), q.scale, x_fmt, w, w_scale, w_fmt, bias, out_dtype)
 

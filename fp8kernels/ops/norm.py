@@ -98,7 +98,7 @@ def run_norm(x: Tensor, scale: Tensor, norm: Norm, how: How, pending: Tensor | N
     """Choose a kernel and run it on x seen as a matrix; a tensor without elements needs none."""
     matrix = x.reshape(check.matrix_shape(x))  # [M, K]
     if not x.numel():
-        rstd = torch.zeros(matrix.shape[0], device=x.device)
+        rstd = torch.zeros(matrix.shape[0], dtype=torch.float32, device=x.device)
         return Normed(producer.nothing(x, scale, how), rstd, rstd.clone() if norm.center else None)
     args = (matrix, scale, norm, how.rounding())
     noted = producer.observer(pending, counters)

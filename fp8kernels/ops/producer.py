@@ -59,7 +59,7 @@ def prepare(
     if target is not None and not target > 0:
         raise ValueError(f"{verb}: target is {target}, it must be positive")
     grid = block.grid(*check.matrix_shape(x))
-    given = torch.zeros(grid, device=x.device) if scale is None else given_scale(scale, grid, x)
+    given = torch.zeros(grid, dtype=torch.float32, device=x.device) if scale is None else given_scale(scale, grid, x)
     target = fmt.target if target is None else float(target)
     return given, How(fmt.name, block.name, target, margin, power_of_two, overflow == "saturate", transpose)
 

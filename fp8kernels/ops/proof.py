@@ -11,6 +11,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ def fault(verb: str, kernel: Line, reference: Line, args: Any) -> str | None:
 
 def compare(verb: str, kernel: Line, reference: Line, device: torch.device) -> str | None:
     """What differs between a kernel and the reference over small cases, in words, or None; waits for the device."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), fp32():
         torch.manual_seed(11)
         for args in CASES[verb]():
             here = to(args, device)
@@ -75,6 +76,17 @@ def compare(verb: str, kernel: Line, reference: Line, device: torch.device) -> s
             if wrong is not None:
                 return f"{wrong} (of the numbers that the reference gives for {text(args)})"
     return None
+
+
+@contextmanager
+def fp32() -> Iterator[None]:
+    """The cases are fp32 where they name no other dtype, whatever the user's default is."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def expected(run: Callable[..., Any], args: Arguments) -> Any:

@@ -103,7 +103,7 @@ def quantize_with_stats(
     target = fmt.target if target is None else float(target)
     k = carrier_shift(fmt, target, overflow) if carrier else None
     grid = block.grid(*check.matrix_shape(x))
-    given = torch.zeros(grid, device=x.device) if scale is None else given_scale(scale, grid, x)
+    given = torch.zeros(grid, dtype=torch.float32, device=x.device) if scale is None else given_scale(scale, grid, x)
     codes, codes_t, scale_out, amax, counts = torch.ops.fp8kernels.quantize(
         x.detach(),
         given,

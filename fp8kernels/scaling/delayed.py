@@ -32,9 +32,9 @@ def new_state(window: int, device: torch.device | str | None = None) -> dict[str
     """
     roles = len(ROLES)
     return {
-        "fp8_history": torch.zeros(roles, window, device=device),
-        "fp8_pending": torch.zeros(roles, device=device),
-        "fp8_scale": torch.zeros(roles, device=device),
+        "fp8_history": torch.zeros(roles, window, dtype=torch.float32, device=device),
+        "fp8_pending": torch.zeros(roles, dtype=torch.float32, device=device),
+        "fp8_scale": torch.zeros(roles, dtype=torch.float32, device=device),
         "fp8_counters": torch.zeros(roles, COUNTERS, dtype=torch.int64, device=device),
         "fp8_step": torch.zeros((), dtype=torch.int64, device=device),
         "fp8_fallback": torch.zeros(2, dtype=torch.int64, device=device),

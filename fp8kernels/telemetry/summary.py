@@ -83,7 +83,7 @@ def report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
                     saturated=saturated / max(elements, 1),
                     flushed=flushed / max(elements, 1),
                     nonfinite=nonfinite,
-                    sqnr_db=_weight_sqnr(layer)
+                    sqnr_db=weight_sqnr(layer)
                     if index == WEIGHT
                     else measured.get(id(layer))
                     if index == INPUT
@@ -136,7 +136,7 @@ def table(rows: list[LayerReport]) -> Table:
 
 
 @torch.no_grad()
-def _quantization_sqnr(layer: ScaledLayer, x: Tensor, index: int) -> float:
+def quantization_sqnr(layer: ScaledLayer, x: Tensor, index: int) -> float:
     was_training = layer.training
     layer.training = False  # no state is written
     try:
@@ -146,12 +146,12 @@ def _quantization_sqnr(layer: ScaledLayer, x: Tensor, index: int) -> float:
     return sqnr_db(x, torch.ops.fp8kernels.dequantize(coded.codes, coded.scale, coded.fmt, torch.float32))
 
 
-def _weight_sqnr(layer: ScaledLayer) -> float | None:
+def weight_sqnr(layer: ScaledLayer) -> float | None:
     weight = getattr(layer, "in_proj_weight", None) if not hasattr(layer, "weight") else layer.weight
     return (
         None
         if not isinstance(weight, Tensor) or weight.is_meta
-        else _quantization_sqnr(layer, weight.flatten(1), WEIGHT)
+        else quantization_sqnr(layer, weight.flatten(1), WEIGHT)
     )
 
 
@@ -164,7 +164,7 @@ def _measure_inputs(model: nn.Module, found: list[ScaledLayer], inputs: Any) -> 
         if isinstance(layer, ScaledLayer) and x is not None and x.is_floating_point():
             if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 x = to_patches(x, layer.kernel_size, layer.in_channels)
-            out[id(layer)] = _quantization_sqnr(layer, x.detach(), INPUT)
+            out[id(layer)] = quantization_sqnr(layer, x.detach(), INPUT)
 
     handles = [layer.register_forward_pre_hook(hook) for layer in found]
     was_training = model.training

@@ -14,7 +14,7 @@ from setups.runs import FULL, QAT, RECOMPUTED, converted, same, sgd, state, trai
 from torch import Tensor, nn
 
 from fp8kernels import convert, get_recipe
-from fp8kernels.convert import plan
+from fp8kernels.convert import decide
 from fp8kernels.convert.adapters import REASON
 from fp8kernels.nn import Linear
 from fp8kernels.nn.state import ScaledLayer
@@ -92,7 +92,7 @@ def test_the_encoder_of_a_prompt_stays() -> None:
     config = peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=16
     )
-    decisions = plan(peft.get_peft_model(build("llama"), config), FULL)
+    decisions = decide(peft.get_peft_model(build("llama"), config), FULL)
     small = [d for d in decisions if d.name.startswith("prompt_encoder")]
     assert small and all(d.recipe is None and d.reason == REASON for d in small)
     assert sum(d.recipe is not None for d in decisions) == 14
@@ -111,7 +111,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 def test_adapters_stay_and_the_table_says_why() -> None:
     net = lora(build("llama"))
-    decisions = plan(net, FULL)
+    decisions = decide(net, FULL)
     small = [d for d in decisions if "lora_" in d.name]
     assert len(small) == 2 * 2 * len(TARGETS)
     assert all(d.recipe is None and d.reason == REASON for d in small)
@@ -122,7 +122,7 @@ def test_adapters_stay_and_the_table_says_why() -> None:
 
 def test_patterns_see_the_names_of_the_model_without_wrappers() -> None:
     recipe = FULL.with_override("model.layers.0.self_attn.q_proj", None).with_override("*.mlp.*", QAT)
-    reasons = {d.name: d for d in plan(lora(build("llama"), modules_to_save=["lm_head"]), recipe)}
+    reasons = {d.name: d for d in decide(lora(build("llama"), modules_to_save=["lm_head"]), recipe)}
     prefix = "base_model.model.model.layers"
     assert reasons[f"{prefix}.0.self_attn.q_proj.base_layer"].recipe is None
     assert reasons[f"{prefix}.1.self_attn.q_proj.base_layer"].recipe == FULL.replace(overrides=())

@@ -340,3 +340,17 @@ def test_compiled_whole_equals_eager(recipe: str, backend: str) -> None:
         assert math.isclose(a, b, rel_tol=1e-5)  # inductor fuses GELU: another order of fp32 roundings
     torch.testing.assert_close(net[0].fp8_scale, eager[0].fp8_scale, rtol=1e-5, atol=0)
     assert torch.equal(net[0].fp8_counters, eager[0].fp8_counters)
+
+
+def test_the_state_is_fp32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        net = converted()
+        step(net, sgd(net), batch(0).bfloat16())
+        current = convert(model(), "e4m3-row", verbose=False)
+        step(current, sgd(current), batch(0).bfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in state(net).items():
+        assert not value.is_floating_point() or value.dtype == torch.float32, key
+    assert net[0].fp8_scale[0] == batch(0).bfloat16().float().abs().max() / 15

@@ -6,6 +6,7 @@ equal   to the reference to the bit, with the same order of the sum
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,18 +45,14 @@ def prepare(states: Sequence[State], rule: ScaleRule, steps: Sequence[Tensor] | 
 
     steps  int64 [] of each layer, or None: one more where one of the layer's tensors was seen
     """
-    numbers = [
-        (
-            state.history.data_ptr(), state.pending.data_ptr(), state.scale.data_ptr(), state.target.data_ptr(),
-            *state.history.shape, 0 if steps is None else steps[index].data_ptr(),
-        )
-        for index, state in enumerate(states)
-    ]  # fmt: skip
-    table = torch.tensor(numbers, dtype=torch.int64)
+    table = array("q")  # of the standard library: making a tensor of Python numbers is an operation on a device
+    for index, state in enumerate(states):
+        table.extend(x.data_ptr() for x in state)
+        table.extend((*state.history.shape, 0 if steps is None else steps[index].data_ptr()))
     kept = [*states], steps  # their addresses are good while they live
     arguments = ALGORITHMS[str(rule.algorithm)], 2.0**rule.margin, rule.power_of_two, rule.decay
 
     def run() -> None:
-        _cpu.commit(table.data_ptr(), len(kept[0]), *arguments)
+        _cpu.commit(table.buffer_info()[0], len(kept[0]), *arguments)
 
     return run

@@ -181,7 +181,7 @@ def _noted(elements: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where amax and counts are noted, at their start; filled on the device, as a copy from the host would wait."""
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     counts[0].fill_(elements)
-    return torch.zeros(1, 1, device=device), counts
+    return torch.zeros(1, 1, dtype=torch.float32, device=device), counts
 
 
 def _quantized(codes: Tensor, epilogue: Epilogue, amax: Tensor | None, counts: Tensor | None) -> Quantized:

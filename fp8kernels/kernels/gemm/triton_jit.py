@@ -170,8 +170,8 @@ def empty(m: int, n: int, out_dtype: torch.dtype, epilogue: Epilogue, device: to
     return Quantized(
         torch.empty(m, n, dtype=torch.uint8, device=device),
         None,
-        torch.empty(1, 1, device=device),
-        torch.empty(1, 1, device=device),
+        torch.empty(1, 1, dtype=torch.float32, device=device),
+        torch.empty(1, 1, dtype=torch.float32, device=device),
         torch.empty(4, dtype=torch.int64, device=device),
     )
 
@@ -180,7 +180,7 @@ def launch(x: Operand, w: Operand, bias: Tensor | None, epilogue: Epilogue, out:
     """One kernel, or two where K is split."""
     (m, k), n, device = x.codes.shape, w.codes.shape[0], x.codes.device
     splits = how.tile.splits
-    sums = torch.empty(splits, m, n, device=device) if splits > 1 else None  # [splits, M, N] fp32
+    sums = torch.empty(splits, m, n, dtype=torch.float32, device=device) if splits > 1 else None  # [splits, M, N] fp32
     ending, kept = ending_of(bias, epilogue, out), sink_of(epilogue, out)
     scales = scales_of(x), scales_of(w)
     constants = {

@@ -52,8 +52,8 @@ def norm_backward(
     height = min(max(1, TILE // width), pow2(max(rows, 1)))
     groups = triton.cdiv(rows, height)
     programs = min(groups, PROGRAMS * processors(x.device))
-    dweight = None if norm.weight is None else torch.empty(programs, cols, device=x.device)
-    dbias = None if norm.bias is None else torch.empty(programs, cols, device=x.device)
+    dweight = None if norm.weight is None else torch.empty(programs, cols, dtype=torch.float32, device=x.device)
+    dbias = None if norm.bias is None else torch.empty(programs, cols, dtype=torch.float32, device=x.device)
     if x.numel() != 0:
         dy, x = with_plain_rows(dy), with_plain_rows(x)
         source = with_vectors(Source(x, row_stride(x), rstd=rstd, mean=mean), norm)

@@ -39,7 +39,7 @@ def norm_quantize(
         y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[1:], weight, norm.eps)
     else:
         if weight is None:
-            weight = torch.ones(x.shape[1])
+            weight = torch.ones(x.shape[1], dtype=torch.float32)
         y, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, norm.eps)
     mean = None if mean is None else mean.reshape(-1)  # [M]
     quantized = quantize_cpu.quantize(y.to(x.dtype), scale, how, transpose=transpose, observer=observer)

@@ -66,8 +66,8 @@ def norm_quantize(
     raises   ValueError if the block does not divide x, or scale is not on its grid
     """
     rows, cols = x.shape
-    rstd = torch.empty(rows, device=x.device)
-    mean = torch.empty(rows, device=x.device) if norm.center else None
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device) if norm.center else None
     out = Normed(quantize_triton.empty(x, scale, how, transpose=transpose), rstd, mean)
     if x.numel() == 0:
         quantize_triton.nothing(scale, out.quantized)

@@ -65,7 +65,8 @@ def quantize(
     rows, cols = x.shape
     codes = torch.empty(rows, cols, dtype=torch.uint8)
     codes_t = torch.empty(cols, rows, dtype=torch.uint8) if transpose else None
-    out = Quantized(codes, codes_t, torch.empty(grid), torch.empty(grid), torch.empty(4, dtype=torch.int64))
+    used, amax = torch.empty(grid, dtype=torch.float32), torch.empty(grid, dtype=torch.float32)
+    out = Quantized(codes, codes_t, used, amax, torch.empty(4, dtype=torch.int64))
     return quantize_into(x, scale, how, out, observer=observer)
 
 

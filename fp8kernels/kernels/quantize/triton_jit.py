@@ -103,8 +103,8 @@ def empty(x: Tensor, scale: Tensor, how: Rounding, *, transpose: bool) -> Quanti
     return Quantized(
         torch.empty(rows, cols, dtype=torch.uint8, device=x.device),
         torch.empty(cols, rows, dtype=torch.uint8, device=x.device) if transpose else None,
-        torch.empty(grid, device=x.device),
-        torch.empty(grid, device=x.device),
+        torch.empty(grid, dtype=torch.float32, device=x.device),
+        torch.empty(grid, dtype=torch.float32, device=x.device),
         torch.empty(4, dtype=torch.int64, device=x.device),
     )
 

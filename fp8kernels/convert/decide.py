@@ -44,7 +44,7 @@ class Decision:
         return REPLACEMENTS[type(self.module)]
 
 
-def plan(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[Decision]:
+def decide(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[Decision]:
     """A decision for every layer that could be 8-bit, in the order of `named_modules`.
 
     keep   filter (module, name) -> bool; False leaves the layer as it is
@@ -54,7 +54,7 @@ def plan(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[D
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
-        decision = decide(name, module, recipe, keep, adapters.origin(model, name))
+        decision = decide_layer(name, module, recipe, keep, adapters.origin(model, name))
         if id(module) in plain_attention:
             decision = Decision(name, module, None, "its MultiheadAttention is not converted, and goes past it")
         if isinstance(module, nn.MultiheadAttention) and decision.recipe is None and decision.reason != CONVERTED:
@@ -63,7 +63,7 @@ def plan(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[D
     return out
 
 
-def decide(
+def decide_layer(
     name: str, module: nn.Module, recipe: Recipe, keep: Filter | None, origin: adapters.Origin | None = None
 ) -> Decision:
     """The decision for one layer."""
