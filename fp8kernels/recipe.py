@@ -16,6 +16,7 @@ from .scaling.rules import DECAY, Algorithm, get_algorithm
 SCALINGS = ("delayed", "current", "static")
 POLICIES = ("warn", "raise", "fallback", "ignore")
 DELAYED_HEAD_ROOM = 1.5  # times the amax of past steps that a carrier of delayed scaling still holds, at least
+STRAIGHT_THROUGH = ("plain", "clipped")
 ROUTES = ("auto", "carrier", "exact")
 
 
@@ -98,6 +99,8 @@ class Recipe:
     margin        binades of head-room above amax
     power_of_two  scales are rounded up to powers of two
     warmup_steps  optimizer steps in which histories fill while the layer computes in high precision
+    straight_through  the gradient of rounding x and w: "plain" is 1 everywhere, "clipped" is 0 where |x| lies beyond
+                  the largest value times the scale, and 1 elsewhere. Scales from the tensor itself clip nothing
     overrides     (name pattern, Recipe or None) pairs, the first match wins; None leaves the layer as it is. A pattern
                   is a glob on the full layer name, or a regular expression behind "re:"
     alarm         when a saturating layer is reported
@@ -113,6 +116,7 @@ class Recipe:
     margin: int = 0
     power_of_two: bool = False
     warmup_steps: int = 0
+    straight_through: str = "plain"
     overrides: tuple[tuple[str, Recipe | None], ...] = ()
     alarm: Alarm = field(default_factory=Alarm)
 
@@ -120,6 +124,8 @@ class Recipe:
         get_algorithm(self.algorithm)
         if self.window < 1 or self.warmup_steps < 0:
             raise ValueError(f"window={self.window} must be >= 1 and warmup_steps={self.warmup_steps} >= 0")
+        if self.straight_through not in STRAIGHT_THROUGH:
+            raise ValueError(_unknown("straight_through", self.straight_through, STRAIGHT_THROUGH))
         if not 0 < self.decay < 1:
             raise ValueError(f"decay={self.decay} must be between 0 and 1")
         for pattern, _ in self.overrides:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats import get_format
 from ..ops.check import matrix_shape
-from ..recipe import Recipe
+from ..recipe import Recipe, Role
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
 from .coded import codes_for
 from .dtensor import is_dtensor
@@ -54,9 +55,19 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     if not needs_grad:
         return product(x_coded, w_coded, bias, dtype)
     observer = (layer.fp8_pending, layer.fp8_counters) if layer.training else (None, None)
+    beyond: tuple[Tensor | None, Tensor | None] = (None, None)
+    if recipe.straight_through == "clipped":
+        beyond = clipped(x, x_coded, recipe.input), clipped(weight, w_coded, recipe.weight)
     grad = _Gradient(recipe, layer.fp8_carrier(GRAD, x.device), transpose)
-    out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, grad, dtype)
+    out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, *beyond, grad, dtype)
     return out
+
+
+def clipped(x: Tensor, coded: Coded, role: Role) -> Tensor | None:
+    """Where a tensor lies beyond what its codes can hold, bool of its shape; None for scales of the tensor itself."""
+    if role.scaling == "current" or not x.requires_grad:
+        return None
+    return x.detach().abs() > get_format(coded.fmt).max * coded.scale.reshape(())
 
 
 def keeps_transposed(device: torch.device, recipe: Recipe) -> bool:
@@ -111,11 +122,13 @@ class _Linear(torch.autograd.Function):
         scale: Tensor,
         pending: Tensor | None,
         counters: Tensor | None,
+        x_beyond: Tensor | None,
+        w_beyond: Tensor | None,
         how: _Gradient,
         dtype: torch.dtype,
     ) -> Tensor:
         x_saved, w_saved = (x_codes_t, w_codes_t) if how.transposed else (x_codes, w_codes)
-        ctx.save_for_backward(x_saved, x_scale, w_saved, w_scale)
+        ctx.save_for_backward(x_saved, x_scale, w_saved, w_scale, x_beyond, w_beyond)
         ctx.state = (scale, pending, counters)
         ctx.how, ctx.fmts, ctx.shape = how, (x_fmt, w_fmt), x.shape
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -124,7 +137,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         recipe, carrier, transposed = ctx.how
-        x_saved, x_scale, w_saved, w_scale = ctx.saved_tensors
+        x_saved, x_scale, w_saved, w_scale, x_beyond, w_beyond = ctx.saved_tensors
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         g = grad.reshape(matrix_shape(grad))  # [M, N]
@@ -146,7 +159,12 @@ class _Linear(torch.autograd.Function):
                 d_w = (g.t() @ _decode(x, g.dtype)).to(w_dtype)  # [N, K]
             if needs_x:
                 d_x = (g @ _decode(Coded(w_saved, w_scale, ctx.fmts[1]), g.dtype)).to(x_dtype)  # [M, K]
-        return None if d_x is None else d_x.reshape(ctx.shape), d_w, d_bias, *[None] * 13
+        d_x = None if d_x is None else d_x.reshape(ctx.shape)
+        if d_x is not None and x_beyond is not None:
+            d_x = d_x.masked_fill(x_beyond, 0.0)
+        if d_w is not None and w_beyond is not None:
+            d_w = d_w.masked_fill(w_beyond, 0.0)
+        return d_x, d_w, d_bias, *[None] * 15
 
 
 def _quantize_grad(

@@ -77,6 +77,8 @@ class Producer(nn.Module):
         if torch.compiler.is_compiling():
             return False
         first = self.fp8_readers[0]
+        if first.fp8_recipe.straight_through != "plain":  # which needs the tensor beside its codes
+            return False
         if x.dtype not in FLOATS or x.device != first.fp8_scale.device or x.ndim < 1 or is_dtensor(x):
             return False
         skipped = [
