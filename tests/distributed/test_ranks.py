@@ -25,6 +25,7 @@ def one_fails(rank: int) -> int:
 
 
 def one_is_killed(rank: int) -> None:
+    dist.barrier()  # until all are connected a rank that goes breaks the start of the others
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
