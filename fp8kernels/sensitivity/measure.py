@@ -86,7 +86,7 @@ class Bench:
         for index, batch in enumerate(batches):
             output = self.forward(batch)
             self.logits.append(logits_of(output))
-            if bool(self.logits[-1].isnan().any()):
+            if bool((self.logits[-1].isnan() | self.logits[-1].isposinf()).any()):
                 raise ValueError(f"plan: the plain model's output on batch {index} holds NaN")
             losses.append(self.loss_of(output, index, "the plain model"))
         self.plain = Cost(_mean(losses), 0.0)
