@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .recipe import HEADS, Recipe, Role
@@ -49,9 +50,7 @@ def delayed_scaling(peer: Any) -> Recipe:
             "DelayedScaling.scaling_factor_compute_algo: scales follow from amax here; give algorithm= a function of "
             "the history instead"
         )
-    for field in ("fp8_dpa", "fp8_mha"):
-        if getattr(peer, field, False):
-            _ignored(f"DelayedScaling.{field}", "attention stays in high precision")
+    _attention(peer)
     if not getattr(peer, "reduce_amax", True):
         _ignored("DelayedScaling.reduce_amax=False", "ranks that hold the same layer share its scales")
     algorithm = peer.amax_compute_algo
@@ -70,6 +69,7 @@ def delayed_scaling(peer: Any) -> Recipe:
 
 def current_scaling(peer: Any) -> Recipe:
     """TransformerEngine's Float8CurrentScaling."""
+    _attention(peer)
     forward, backward = _formats(peer)
     return Recipe(
         "te-current",
@@ -140,6 +140,12 @@ def _formats(peer: Any) -> tuple[str, str]:
     return HYBRID if name == "HYBRID" else ("e4m3", "e4m3")
 
 
+def _attention(peer: Any) -> None:
+    for field in ("fp8_dpa", "fp8_mha"):
+        if getattr(peer, field, False):
+            _ignored(f"{type(peer).__name__}.{field}", "attention stays in high precision")
+
+
 def _gradient(peer: Any, role: Role) -> Role | None:
     """backward_override: None takes 8-bit gradients, "dequantized" the codes of the forward and gradients in BF16."""
     override = getattr(peer, "backward_override", None)
@@ -149,10 +155,13 @@ def _gradient(peer: Any, role: Role) -> Role | None:
 
 
 def _by_slot(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """TransformerEngine's histories are [window, T], ours [T, window]; both have the newest amax first."""
+    """TransformerEngine's histories are [window, T]: the newest amax, behind it the others, oldest first.
+
+    source  transformer_engine/pytorch/quantization.py, _update_amax_history: slot 0 rolls to the end
+    """
 
     def amax(history: Tensor) -> Tensor:
-        return function(history.t())
+        return function(torch.cat([history[:, :1], history[:, 1:].flip(1)], dim=1).t())
 
     amax.__qualname__ = getattr(function, "__qualname__", "amax_compute_algo")
     return amax

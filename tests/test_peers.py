@@ -39,6 +39,7 @@ class DelayedScaling:
 class Float8CurrentScaling:
     fp8_format: Format = Format.HYBRID
     use_power_2_scales: bool = False
+    fp8_dpa: bool = False
     backward_override: str | None = None
 
 
@@ -122,6 +123,26 @@ def test_a_function_of_the_history_sees_it_as_transformer_engine_has_it() -> Non
     assert layer.fp8_scale[0] == x.abs().max() * 2 / layer.fp8_recipe.target(0)
 
 
+def test_a_function_sees_the_slots_in_transformer_engines_order() -> None:
+    """Its slot 0 is written, then rolled to the end: behind the newest amax come the older ones, the oldest first."""
+    seen: list[list[float]] = []
+
+    def noting(history: Tensor) -> Tensor:
+        seen.append(history[:, 0].tolist())
+        return history[0]
+
+    algorithm = get_recipe(DelayedScaling(amax_history_len=4, amax_compute_algo=noting)).algorithm
+    assert callable(algorithm)
+    theirs, ours = torch.zeros(4, 1), torch.zeros(1, 4)
+    for amax in range(1, 8):
+        theirs[0] = amax
+        ours = torch.cat([torch.tensor([[float(amax)]]), ours[:, :-1]], dim=1)
+        algorithm(ours)
+        assert seen[-1] == theirs[:, 0].tolist()
+        theirs = theirs.roll(-1, 0)
+        theirs[0] = 0
+
+
 def test_current_and_block_scaling() -> None:
     current = "current", "tensor"
     assert roles(Float8CurrentScaling()) == [("e4m3", *current), ("e4m3", *current), ("e5m2", *current)]
@@ -148,6 +169,7 @@ def test_float8_linear_config() -> None:
     [
         (DelayedScaling(fp8_dpa=True), "fp8_dpa"),
         (DelayedScaling(reduce_amax=False), "reduce_amax"),
+        (Float8CurrentScaling(fp8_dpa=True), "fp8_dpa"),
         (Float8CurrentScaling(backward_override="high_precision"), "high_precision"),
         (Float8LinearConfig(cast_config_input_for_grad_weight=OFF), "cast_config_input_for_grad_weight"),
         (Float8LinearConfig(enable_fsdp_float8_all_gather=True), "all_gather_codes"),
