@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ..recipe import Recipe
 from ..scaling.delayed import WEIGHT
+from .dtensor import is_dtensor
 from .state import ScaledLayer
 
 
@@ -49,8 +50,25 @@ class Share(NamedTuple):
     group: Any
 
 
-_meetings: Counter[tuple[int, ...]] = Counter()
-_groups: dict[tuple[int, ...], Any] = {}
+class World:
+    """What goes with one initialised torch.distributed: how often ranks have met, and the groups that were made."""
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole  # its group of all ranks
+        self.meetings: Counter[tuple[int, ...]] = Counter()
+        self.groups: dict[tuple[int, ...], Any] = {}
+
+
+_world = World(None)
+
+
+def world() -> World:
+    """That of now; a process group that was destroyed and made anew is another world, with a store of its own."""
+    global _world
+    whole = torch.distributed.group.WORLD
+    if _world.whole is not whole:
+        _world = World(whole)
+    return _world
 
 
 def shares(found: Sequence[ScaledLayer], owner: nn.Module | None, group: Any) -> list[Share] | None:
@@ -95,10 +113,9 @@ def describe(found: Sequence[ScaledLayer], owner: nn.Module | None) -> Member:
     return Member(held, plain, sorted(map(list, meshes)))
 
 
-def mesh_ranks(x: Tensor) -> tuple[int, ...] | None:
+def mesh_ranks(x: Any) -> tuple[int, ...] | None:
     """The ranks over which a DTensor lies, or None for any other tensor."""
-    mesh = getattr(x, "device_mesh", None)
-    return None if mesh is None else tuple(sorted(mesh.mesh.flatten().tolist()))
+    return tuple(sorted(x.device_mesh.mesh.flatten().tolist())) if is_dtensor(x) else None
 
 
 def recipe_key(recipe: Recipe) -> dict[str, str]:
@@ -111,9 +128,9 @@ def recipe_key(recipe: Recipe) -> dict[str, str]:
 
 def meet(own: Member, ranks: tuple[int, ...]) -> dict[int, Member]:
     """What every one of the ranks holds, through the default store; equal descriptions are read once."""
-    store, rank = _get_default_store(), torch.distributed.get_rank()
-    _meetings[ranks] += 1
-    prefix = f"fp8kernels/{hashlib.sha256(str(ranks).encode()).hexdigest()[:16]}/{_meetings[ranks]}"
+    store, rank, meetings = _get_default_store(), torch.distributed.get_rank(), world().meetings
+    meetings[ranks] += 1
+    prefix = f"fp8kernels/{hashlib.sha256(str(ranks).encode()).hexdigest()[:16]}/{meetings[ranks]}"
     text = json.dumps(own)
     digest = hashlib.sha256(text.encode()).hexdigest()
     store.set(f"{prefix}/text/{digest}", text)
@@ -252,6 +269,7 @@ def _group(together: tuple[int, ...], ranks: tuple[int, ...], group: Any) -> Any
     """A process group of these ranks: the one that was given where it is that, else one made once."""
     if together == tuple(sorted(ranks)):
         return group
-    if together not in _groups:
-        _groups[together] = torch.distributed.new_group(list(together), use_local_synchronization=True)
-    return _groups[together]
+    groups = world().groups
+    if together not in groups:
+        groups[together] = torch.distributed.new_group(list(together), use_local_synchronization=True)
+    return groups[together]

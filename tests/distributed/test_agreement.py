@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from distributed.plain import seed
 from distributed.ranks import outcomes, run
 from fp8kernels import commit, convert
+from fp8kernels.nn.prepared import SHARES
 from fp8kernels.nn.step import layers
 
 PROMPT = 20.0  # seconds until every rank has its error: half of what a collective would wait
@@ -158,6 +160,29 @@ def test_several_models_in_one_optimizer() -> None:
     for index, (a, b) in enumerate(zip(*run(several, 2), strict=True)):
         same(a, b, but=("fp8_counters",))
         assert a["fp8_history"][0].tolist() == [2.0 + 10 * index, 1.0 + 10 * index, 0.0]
+
+
+def met_again(rank: int, folder: str) -> list[tuple[float, list[list[int]]]]:
+    """Ranks 0 and 1 hold one stage, rank 2 another, in two worlds one after the other."""
+    seen = []
+    for world in range(2):
+        if world:
+            dist.barrier()
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=3)
+        torch.manual_seed(rank // 2)
+        net = convert(nn.Linear(8, 8), QAT, verbose=False)
+        net(torch.full((2, 8), 1.0 + rank))
+        commit(net)
+        groups = [dist.get_process_group_ranks(share.group) for share in net.__dict__[SHARES][1]]
+        seen.append((float(net.fp8_history[0, 0]), groups))
+    return seen
+
+
+def test_a_process_group_made_anew(tmp_path: Path) -> None:
+    """Groups are those of one initialised torch.distributed, and end with it: a destroyed one has no ranks any more."""
+    pair, alone = [(2.0, [[0, 1]])] * 2, [(3.0, [])] * 2
+    assert run(met_again, 3, str(tmp_path)) == [pair, pair, alone]
 
 
 def idle(rank: int) -> None:
