@@ -11,9 +11,10 @@ from rich.table import Table
 from torch import nn
 
 from ..console import console
+from ..nn.broadcast import RANKS_OWN, ignore, ignore_no_more
 from ..nn.dry_run import watch_stages
 from ..nn.producer import Producer, producers
-from ..nn.state import RANKS_OWN, Family, ScaledLayer, copies
+from ..nn.state import Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
 from ..recipe import Recipe, get_recipe
 from ..scaling.delayed import PREFIX, is_state
@@ -24,7 +25,6 @@ from .fuse import fuse as carry_out
 Model = TypeVar("Model", bound=nn.Module)
 
 ORIGINAL = "_fp8_original"  # the class a converted layer had
-DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 
 
 def convert(
@@ -70,7 +70,7 @@ def convert(
     if todo and not hasattr(model, "_fp8_load_check"):
         model._fp8_load_check = model.register_load_state_dict_pre_hook(_check_state)  # type: ignore[assignment]
     watch(model, group)
-    _keep_from_broadcast(model)
+    ignore(model)
     watch_stages(RANKS_OWN)
     if verbose:
         console().print(table(decisions, recipe))
@@ -98,9 +98,7 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and "_fp8_activation" in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop("_fp8_activation")
-    ignored = [name for name in model.__dict__.pop(DDP_IGNORES, ()) if name.rpartition(".")[2] not in RANKS_OWN]
-    if ignored:
-        model.__dict__[DDP_IGNORES] = ignored
+    ignore_no_more(model)
     handle: Any = model.__dict__.pop("_fp8_load_check", None)
     if handle is not None:
         handle.remove()
@@ -170,13 +168,6 @@ def _avoid_fused_encoder(model: nn.Module) -> None:
         if any(isinstance(child, ScaledLayer) for child in module.modules()):
             module.__dict__["_fp8_activation"] = module.activation_relu_or_gelu
             module.activation_relu_or_gelu = 0
-
-
-def _keep_from_broadcast(model: nn.Module) -> None:
-    """DistributedDataParallel asks the module that it wraps what not to send from rank 0: what each rank has noted."""
-    own = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANKS_OWN}
-    before = getattr(model, DDP_IGNORES, ())
-    model.__dict__[DDP_IGNORES] = sorted(own.union(before))
 
 
 def _check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

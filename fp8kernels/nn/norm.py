@@ -39,9 +39,7 @@ class FusedNorm(Producer):
 
     def fp8_lean(self, x: Tensor) -> Tensor:
         """What the module did before, to the bit, keeping no more than x for the backward."""
-        wide = (
-            x.dtype == torch.float32
-        )  # then x itself collects what each of the norm's operations adds to its gradient
+        wide = x.dtype == torch.float32  # then x itself collects what each operation adds to its gradient
         if isinstance(self, nn.LayerNorm) or (isinstance(self, nn.RMSNorm) and wide):
             return self.fp8_plain(x)
         if isinstance(self, nn.RMSNorm):

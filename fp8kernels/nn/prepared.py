@@ -13,6 +13,7 @@ from ..kernels.commit import ScaleRule
 from ..ops.commit import prepare
 from ..scaling.delayed import INPUT
 from . import state
+from .dtensor import is_dtensor
 from .fallback import fallbacks
 from .producer import pairs
 from .state import ScaledLayer
@@ -42,7 +43,7 @@ class Prepared:
         self.fractions = {
             places[id(layer)]: row for f in self.fallbacks for layer, row in zip(f.layers, f.fractions, strict=True)
         }
-        self.keeps = [not any(_sharded(p) for p in layer.parameters(recurse=False)) for layer in found]
+        self.keeps = [not any(map(is_dtensor, layer.parameters(recurse=False))) for layer in found]
 
     def holds(self, found: list[ScaledLayer]) -> bool:
         """Whether these are the layers, and their tensors are where they were."""
@@ -136,8 +137,3 @@ def _views(readers: list[tuple[ScaledLayer, ScaledLayer]]) -> tuple[list[Tensor]
         *([layer.fp8_pending[INPUT] for layer in side] for side in (others, firsts)),
         *([layer.fp8_counters[INPUT] for layer in side] for side in (others, firsts)),
     )
-
-
-def _sharded(p: Tensor) -> bool:
-    """Whether a parameter is a DTensor, as those of FSDP2 are between forwards."""
-    return hasattr(p, "device_mesh")

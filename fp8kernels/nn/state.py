@@ -17,15 +17,12 @@ from ..recipe import Recipe, Role
 from ..scaling.block import get_block
 from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
 from ..scaling.rules import get_algorithm, scale_from_amax
+from .broadcast import RANKS_OWN, tell_running
 from .dry_run import watch_stages
 from .dtensor import is_dtensor, local
 from .kept import Kept, may_keep
 
 FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares", "fp8_alarm")  # attributes that a copy of a layer does without
-RANKS_OWN = ("fp8_pending", "fp8_counters", "fp8_counted")  # buffers that differ from rank to rank until a commit
-
-_ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # instances of it that know
 
 
 class Family:
@@ -110,7 +107,7 @@ class ScaledLayer(nn.Module):
             self._non_persistent_buffers_set.discard(key)
         for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts", "fp8_high"):
             self.__dict__.pop(key, None)
-        for key in FLEETING:
+        for key in (*FLEETING, "fp8_scaled"):
             self.__dict__.pop(key, None)
         _moved()
 
@@ -152,8 +149,9 @@ class ScaledLayer(nn.Module):
 
     def _quantize(self, x: Tensor, index: int, *, transpose: bool, exact: bool = False) -> Coded:
         recipe = self.fp8_recipe
-        if self.training:
-            leave_to_ranks()
+        if self.training and not torch.compiler.is_compiling():
+            watch_stages(RANKS_OWN)
+            tell_running()
         return quantize_role(
             x.detach(),
             (recipe.input, recipe.weight)[index],
@@ -266,20 +264,6 @@ class ScaledLayer(nn.Module):
 def _moved() -> None:
     global generation
     generation += 1
-
-
-def leave_to_ranks() -> None:
-    """DistributedDataParallel sends the buffers of rank 0 to all ranks before a forward; not what a step has noted."""
-    if torch.compiler.is_compiling():
-        return
-    watch_stages(RANKS_OWN)
-    parallel = None if _ddp is None else _ddp._active_ddp_module
-    if parallel is None or parallel in _told:
-        return
-    _told.add(parallel)
-    parallel.parameters_to_ignore.update(
-        name for name, _ in parallel.module.named_buffers() if name.rpartition(".")[2] in RANKS_OWN
-    )
 
 
 def keep_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:

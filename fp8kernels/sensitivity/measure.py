@@ -87,7 +87,7 @@ class Bench:
             output = self.forward(batch)
             self.logits.append(logits_of(output))
             if bool((self.logits[-1].isnan() | self.logits[-1].isposinf()).any()):
-                raise ValueError(f"plan: the plain model's output on batch {index} holds NaN")
+                raise ValueError(f"plan: the plain model's output on batch {index} holds NaN or Inf")
             losses.append(self.loss_of(output, index, "the plain model"))
         self.plain = Cost(_mean(losses), 0.0)
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from setups.runs import FULL, converted, loss_of, same, sgd
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fp8kernels import Recipe
+from fp8kernels.nn.step import layers
 from fp8kernels.scaling.delayed import GRAD, INPUT
 
 STEPS = 5  # more than the window of 3, so that amax leaves it too
@@ -125,3 +127,17 @@ def held(got: list[Run], want: list[Run], *, counters: bool = True) -> None:
         if counters and key.endswith("fp8_counters"):
             total = sum(run.state[key][[INPUT, GRAD]] for run in got)
             assert torch.equal(total, want[0].state[key][[INPUT, GRAD]]), key
+
+
+def same_models(found: nn.Module, other: nn.Module) -> None:
+    """Bit-equal histories, scales and weights; sharded weights as the whole tensors that they are shards of."""
+    for mine, theirs in zip(layers(found), layers(other), strict=True):
+        assert torch.equal(mine.fp8_history, theirs.fp8_history), mine.fp8_name
+        assert torch.equal(mine.fp8_scale, theirs.fp8_scale), mine.fp8_name
+    for mine, theirs in zip(found.parameters(), other.parameters(), strict=True):
+        assert torch.equal(full(mine), full(theirs))
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of a shard, any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -21,13 +21,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fp8kernels
 from distributed import test_fully_sharded
-from distributed.plain import Run, held, locally_first
+from distributed.plain import Run, held, locally_first, same_models
 from distributed.plain import plain as one_process
 from distributed.ranks import run
 from fp8kernels import Alarm, Recipe, Role
 from fp8kernels.nn.gathered import GatheredWeight
 from fp8kernels.nn.sharded import CodeShard
-from fp8kernels.nn.step import layers
 
 DELAYED = Recipe("delayed", Role("e4m3"), Role("e4m3"), Role("e5m2"))
 CURRENT = Recipe("current", Role("e4m3", "current"), Role("e4m3", "current"))
@@ -77,15 +76,6 @@ def train(found: nn.Module, rank: int, steps: int = 3) -> list[float]:
     return out
 
 
-def same(found: nn.Module, other: nn.Module) -> None:
-    """Bit-equal histories, scales and weights."""
-    for mine, theirs in zip(layers(found), layers(other), strict=True):
-        assert torch.equal(mine.fp8_history, theirs.fp8_history), mine.fp8_name
-        assert torch.equal(mine.fp8_scale, theirs.fp8_scale), mine.fp8_name
-    for mine, theirs in zip(found.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine.full_tensor(), theirs.full_tensor())  # type: ignore[attr-defined]
-
-
 def shard(found: Any) -> Tensor:
     return found[0].up.weight._local_tensor
 
@@ -96,7 +86,7 @@ def train_alike(rank: int) -> None:
     for recipe, how in ((DELAYED, {}), (DELAYED, half), (CURRENT, {}), (CURRENT, half), (HIF8, half), (HIF8, kept)):
         reference, found = sharded(recipe, codes=False, **how), sharded(recipe, codes=True, **how)
         assert train(found, rank) == train(reference, rank), (recipe, how)
-        same(found, reference)
+        same_models(found, reference)
         assert isinstance(shard(found), CodeShard)
     found.eval()
     reference.eval()
@@ -129,7 +119,7 @@ def train_alike_in_replicas(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     reference, found = sharded(codes=False, mesh=mesh), sharded(codes=True, mesh=mesh)
     assert train(found, rank) == train(reference, rank)
-    same(found, reference)
+    same_models(found, reference)
 
 
 def test_training_in_replicas_is_hsdp() -> None:
@@ -213,7 +203,7 @@ def loads_alike(rank: int, folder: str) -> None:
         saved = {"model": again.state_dict()}
         dcp.load(saved, checkpoint_id=folder)
         again.load_state_dict(saved["model"])
-        same(again, reference)
+        same_models(again, reference)
         losses.append(train(again, rank))
     assert losses[0] == losses[1]
 
@@ -240,7 +230,7 @@ def moves_alike(rank: int) -> None:
             optimizer.step()
         out.append(found)
         assert isinstance(shard(found), CodeShard) == codes and shard(found).dtype == torch.bfloat16
-    same(*out)
+    same_models(*out)
 
 
 def test_frozen_and_moved_weights() -> None:
@@ -253,7 +243,7 @@ def compiles(rank: int) -> None:
     assert train(found, rank, 1) == train(reference, rank, 1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert train(found, rank) == train(reference, rank)
-    same(found, reference)
+    same_models(found, reference)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import fp8kernels
+from distributed.plain import full, same_models
 from distributed.ranks import run
 from fp8kernels import Recipe, Role
 from fp8kernels.nn import function, state
@@ -110,19 +111,6 @@ def train(found: nn.Module, part: Any = lambda x: x, seed: int = 0, steps: int =
     return out
 
 
-def same(found: nn.Module, other: nn.Module) -> None:
-    """Bit-equal histories, scales and weights."""
-    for mine, theirs in zip(layers(found), layers(other), strict=True):
-        assert torch.equal(mine.fp8_history, theirs.fp8_history), mine.fp8_name
-        assert torch.equal(mine.fp8_scale, theirs.fp8_scale), mine.fp8_name
-    for mine, theirs in zip(found.parameters(), other.parameters(), strict=True):
-        assert torch.equal(full(mine), full(theirs))
-
-
-def full(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def train_alike(rank: int) -> None:
     count = dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
@@ -133,7 +121,7 @@ def train_alike(rank: int) -> None:
             got = train(found := parallel(recipe, mesh, sequence=sequence), part)
             for y, z in zip(got, want, strict=True):
                 assert torch.equal(y, part(z)), recipe
-            same(found, reference)
+            same_models(found, reference)
             assert not torch.equal(full(found[0].up.weight), model()[0].up.weight)
 
 
@@ -154,7 +142,7 @@ def train_alike_in_two_dimensions(rank: int) -> None:
             got = train(over(dp, fp8kernels.all_gather_codes(found) if codes else found), seed=seed)
             for y, z in zip(got, want, strict=True):
                 assert torch.equal(y, z), (recipe, codes)
-            same(found, reference)
+            same_models(found, reference)
 
 
 def over(mesh: Any, found: nn.Module) -> nn.Module:
@@ -173,7 +161,7 @@ def warms_up_alike(rank: int) -> None:
     reference, found = alone(recipe), parallel(recipe, init_device_mesh("cpu", (2,)))
     for y, z in zip(train(found), train(reference), strict=True):
         assert torch.equal(y, z)
-    same(found, reference)
+    same_models(found, reference)
 
 
 def test_warm_up_notes_shards() -> None:
@@ -186,7 +174,7 @@ def converts_later(rank: int) -> None:
     fp8kernels.convert(found, E4M3, verbose=False)
     for y, z in zip(train(found), train(reference := alone(E4M3)), strict=True):
         assert torch.equal(y, z)
-    same(found, reference)
+    same_models(found, reference)
     before = [layer.fp8_pending.clone() for layer in layers(found)]
     x, _ = batch(9, 0)
     with torch.inference_mode():
@@ -334,10 +322,10 @@ def keeps_state(rank: int) -> None:
     saved = get_model_state_dict(found, options=StateDictOptions(full_state_dict=True))
     other = alone(E4M3)
     other.load_state_dict(saved)
-    same(found, other)
+    same_models(found, other)
     again = parallel(E4M3, mesh)
     again.load_state_dict(found.state_dict())
-    same(found, again)
+    same_models(found, again)
     for y, z in zip(train(again, steps=2), train(found, steps=2), strict=True):
         assert torch.equal(y, z)
 
@@ -430,7 +418,7 @@ def compiles(rank: int) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for y, z in zip(train(found), train(reference), strict=True):
             assert torch.equal(y, z)
-    same(found, reference)
+    same_models(found, reference)
 
 
 def test_a_compiled_block() -> None:
