@@ -20,15 +20,17 @@ SOURCES = sorted(
 )
 
 FLOORS = (
-    {"formats", "console"},
+    {"formats", "console", "statistics"},
     {"scaling"},
     {"kernels"},
     {"ops"},
     {"nn", "recipe", "peers"},
     {"convert", "export", "telemetry"},
-    {"integrations", "sensitivity"},
-    {"models"},
-    {"training", "serving"},
+    {"runs", "sensitivity"},
+    {"models", "probe"},
+    {"integrations"},
+    {"training", "serving", "evaluation", "report"},
+    {"study"},
     {"cli", "info", "__main__", ""},  # "" is fp8kernels/__init__.py, the face: it may see all below
 )
 ONE_UNIT = ({"nn", "recipe", "peers"}, {"cli", "info", "__main__", ""})  # neighbours that may see each other

@@ -1,4 +1,4 @@
-"""The commands."""
+"""The commands about this machine and the demo, and the app that all commands belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .console import console
+from ..console import console
+from .errors import mistakes
 
 app = typer.Typer(
     help="PyTorch models that train and serve on 8-bit floats (HiF8, E4M3, E5M2).",
@@ -22,7 +23,7 @@ app = typer.Typer(
 @app.command()
 def info() -> None:
     """Versions, the processor, and each verb's backends with the reason where one is absent."""
-    from . import info as page
+    from .. import info as page
 
     console().print(page.table(page.info()))
 
@@ -34,7 +35,7 @@ def demo(
     quick: Annotated[bool, typer.Option(help="seconds instead of minutes: a smaller model, fewer steps")] = False,
 ) -> None:
     """The main job on real input: real weights in 8 bits, a QAT run beside BF16, and serving what was trained."""
-    from .training.demo import run_demo
+    from ..training.demo import run_demo
 
     run_demo(out, quick=quick)
 
@@ -49,13 +50,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="print the run as one JSON object")] = False,
 ) -> None:
     """Load an exported model with its 8-bit weights and go on from a prompt."""
-    from .serving import generate as run
+    from ..serving import generate as run
 
-    try:
+    with mistakes():
         done = run(folder, prompt, new_tokens=new_tokens, repeats=repeats)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done)))
     else:
@@ -68,12 +66,7 @@ def bench(context: typer.Context) -> None:
     import subprocess
     import sys
 
-    folder = Path(__file__).parent.parent / "bench"
+    folder = Path(__file__).parent.parent.parent / "bench"
     if not folder.is_dir():
         raise typer.BadParameter(f"the benches are in the source tree, and {folder} is not there; clone the project")
     raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", str(folder), *context.args], cwd=folder.parent))
-
-
-def main() -> None:
-    """The entry point of `fp8kernels` and `python -m fp8kernels`."""
-    app()
