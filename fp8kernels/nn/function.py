@@ -14,6 +14,7 @@ from ..scaling.delayed import GRAD, INPUT, WEIGHT
 from .coded import codes_for
 from .dtensor import is_dtensor
 from .gathered import gathered_codes
+from .observe import observe_gradient
 from .state import Coded, ScaledLayer, quantize_role
 from .tensor_parallel import over_shards
 
@@ -60,6 +61,7 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
         beyond = clipped(x, x_coded, recipe.input), clipped(weight, w_coded, recipe.weight)
     grad = _Gradient(recipe, layer.fp8_carrier(GRAD, x.device), transpose)
     out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, *beyond, grad, dtype)
+    observe_gradient(layer, out)
     return out
 
 

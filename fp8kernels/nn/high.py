@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..recipe import Recipe
 from ..scaling.delayed import GRAD
 from .dtensor import local
+from .observe import observe_gradient
 from .state import ScaledLayer, quantize_role
 
 
@@ -24,6 +25,7 @@ def high_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | No
     recipe = layer.fp8_recipe
     if recipe.grad is None or not layer.training or not out.requires_grad:
         return out
+    observe_gradient(layer, out)
     carrier = layer.fp8_carrier(GRAD, x.device)
     noted: Tensor = _NoteGradient.apply(out, recipe, carrier, layer.fp8_scale, layer.fp8_pending, layer.fp8_counters)
     return noted

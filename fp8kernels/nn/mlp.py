@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..kernels.act_quantize.reference import activate
 from ..ops import activation as activation_verb  # noqa: F401  registers torch.ops.fp8kernels.act_quantize
+from ..scaling.delayed import INPUT
 from .coded import CodedTensor
+from .observe import observe, observing
 from .producer import Ask, Producer, ask, pays
 from .recompute import recomputed
 from .state import ScaledLayer
@@ -82,6 +85,10 @@ def _drops(module: nn.Module | None) -> bool:
 
 def activated(x: Tensor, other: Tensor | None, activation: str, readers: tuple[ScaledLayer, ...]) -> Tensor:
     """activation(x), or activation(x) * other, as codes for the readers."""
+    if any(map(observing, readers)):  # the kernel rounds what it computes: here it is computed once more
+        with torch.no_grad():
+            y = activate(x.float(), activation)
+            observe(readers, INPUT, y if other is None else y * other.float())
     out: Tensor = _Activation.apply(x, other, activation, ask(readers, x), readers)
     return out
 

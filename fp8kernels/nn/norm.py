@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.norm_quantize import Norm
 from ..ops import norm as norm_verb  # noqa: F401  registers torch.ops.fp8kernels.norm_quantize
+from ..scaling.delayed import INPUT
 from .coded import CodedTensor
+from .observe import observe, observing
 from .producer import Ask, Producer, ask, pays
 from .recompute import recomputed
 from .state import ScaledLayer
@@ -31,6 +33,9 @@ class FusedNorm(Producer):
     def fp8_fused(self, x: Tensor) -> Tensor:
         if not pays(x.device):
             return self.fp8_code(self.fp8_lean(x))
+        if any(map(observing, self.fp8_readers)):  # the kernel rounds what it computes: here it is computed once more
+            with torch.no_grad():
+                observe(self.fp8_readers, INPUT, self.fp8_plain(x))
         norm, dtype = self.fp8_norm(x)
         out: Tensor = _Norm.apply(
             x, norm.weight, norm.bias, norm[2:], dtype, ask(self.fp8_readers, x), self.fp8_readers

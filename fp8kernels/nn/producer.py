@@ -19,6 +19,7 @@ from ..scaling.delayed import INPUT
 from .coded import CodedTensor, Straight
 from .dtensor import is_dtensor
 from .function import keeps_transposed
+from .observe import observe
 from .state import Coded, ScaledLayer, role_arguments
 
 producers: weakref.WeakSet[Producer] = weakref.WeakSet()
@@ -100,6 +101,7 @@ class Producer(nn.Module):
         if y.dtype not in FLOATS:
             return y
         coded = self.fp8_readers[0].fp8_quantize(y, INPUT, transpose=needs_transposed(self.fp8_readers, y))
+        observe(self.fp8_readers[1:], INPUT, y)  # the first one saw it just now
         out: Tensor = Straight.apply(y, coded, self.fp8_readers)
         return out
 

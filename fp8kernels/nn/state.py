@@ -21,6 +21,7 @@ from .broadcast import RANKS_OWN, tell_running
 from .dry_run import watch_stages
 from .dtensor import is_dtensor, local
 from .kept import Kept, may_keep
+from .observe import observe
 
 FLEETING = ("fp8_kept", "fp8_prepared", "fp8_shares", "fp8_alarm")  # attributes that a copy of a layer does without
 
@@ -77,7 +78,8 @@ class ScaledLayer(nn.Module):
     fp8_step: Tensor
     fp8_fallback: Tensor
     fp8_counted: Tensor  # int64 [3, 4], the counters at the last commit, where the alarm asks; not saved
-    fp8_target: Tensor  # fp32 [3], where amax lands; 0 where a scale is held. Follows from the recipe, not saved
+    fp8_target: Tensor  # fp32 [3], where amax lands; 0 where a scale is held. Follows from the recipe; saved with an
+    # interval, where a checkpoint's scales are older than its histories and only this tells what they were made for
 
     def attach(self, recipe: Recipe, name: str = "", family: Family | None = None) -> None:
         """Give the layer a recipe and an empty state, on the device of its weight."""
@@ -90,7 +92,7 @@ class ScaledLayer(nn.Module):
         self.fp8_high, self.fp8_kept = False, Kept()
         for key, value in new_state(recipe.window, device).items():
             self.register_buffer(key, value)
-        self.register_buffer("fp8_target", self._targets(device), persistent=False)
+        self.register_buffer("fp8_target", self._targets(device), persistent=recipe.interval > 1)
         self.register_buffer("fp8_counted", torch.zeros_like(self.fp8_counters), persistent=False)
         _moved()
 
@@ -138,6 +140,7 @@ class ScaledLayer(nn.Module):
         transpose  keep the transposed codes too
         exact      in the role's own format also where the layer computes with a carrier
         """
+        observe((self,), index, x)
         if index != WEIGHT or exact or not self.training or not may_keep(x):
             return self._quantize(x, index, transpose=transpose, exact=exact)
         self.fp8_kept.watch(x, self.fp8_name)
@@ -213,6 +216,8 @@ class ScaledLayer(nn.Module):
         history = state_dict.get(f"{prefix}fp8_history")
         if isinstance(history, Tensor) and history.ndim == 2:
             state_dict[f"{prefix}fp8_history"] = fit_window(history, self.fp8_recipe.window)
+        made_for = state_dict.pop(f"{prefix}fp8_target", None)  # may be this layer's buffer, filled in place
+        made_for = made_for.tolist() if isinstance(made_for, Tensor) and not made_for.is_meta else None
         own: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, *rest)
         missing_keys.extend(key for key in own if not key[len(prefix) :].startswith(PREFIX))
@@ -226,14 +231,19 @@ class ScaledLayer(nn.Module):
                 self._buffers["fp8_counted"] = torch.empty_like(self.fp8_counters)
             with torch.no_grad():
                 self.fp8_counted.copy_(self.fp8_counters)
-            self._follow_histories()
+                self.fp8_target.copy_(self._targets(self.fp8_target.device))
+            if self.fp8_recipe.interval == 1 or made_for != self.fp8_target.tolist():
+                self._follow_histories()
             self.fp8_sync_step()
         self.fp8_kept.drop(allowed=False)
         _moved()
 
     @torch.no_grad()
     def _follow_histories(self) -> None:
-        """Scales are what the recipe makes of the histories: those of another recipe's checkpoint are made again."""
+        """Scales are what the recipe makes of the histories: those of another recipe's checkpoint are made again.
+
+        With an interval they are older, and stay if they were made for the same targets
+        """
         recipe = self.fp8_recipe
         amax = get_algorithm(recipe.algorithm, recipe.decay)(self.fp8_history)  # [3]
         target = torch.where(self.fp8_target > 0, self.fp8_target, 1.0)
@@ -243,7 +253,7 @@ class ScaledLayer(nn.Module):
             self.fp8_scale.copy_(torch.where(moves, scale, self.fp8_scale))
             warnings.warn(
                 f"the checkpoint's scales are not those that {recipe.name!r} makes of its amax histories (another "
-                f"format, target, margin, algorithm or window); they were made again from the histories",
+                f"format, target, margin, algorithm, window or interval); they were made again from the histories",
                 RecipeWarning,
                 stacklevel=2,
             )
