@@ -99,6 +99,7 @@ class Recipe:
     margin        binades of head-room above amax
     power_of_two  scales are rounded up to powers of two
     warmup_steps  optimizer steps in which histories fill while the layer computes in high precision
+    interval      optimizer steps from one making of the delayed scales to the next; histories take part in every step
     straight_through  the gradient of rounding x and w: "plain" is 1 everywhere, "clipped" is 0 where |x| lies beyond
                   the largest value times the scale, and 1 elsewhere. Scales from the tensor itself clip nothing
     overrides     (name pattern, Recipe or None) pairs, the first match wins; None leaves the layer as it is. A pattern
@@ -116,14 +117,18 @@ class Recipe:
     margin: int = 0
     power_of_two: bool = False
     warmup_steps: int = 0
+    interval: int = 1
     straight_through: str = "plain"
     overrides: tuple[tuple[str, Recipe | None], ...] = ()
     alarm: Alarm = field(default_factory=Alarm)
 
     def __post_init__(self) -> None:
         get_algorithm(self.algorithm)
-        if self.window < 1 or self.warmup_steps < 0:
-            raise ValueError(f"window={self.window} must be >= 1 and warmup_steps={self.warmup_steps} >= 0")
+        if self.window < 1 or self.warmup_steps < 0 or self.interval < 1:
+            raise ValueError(
+                f"window={self.window} must be >= 1, warmup_steps={self.warmup_steps} >= 0 and "
+                f"interval={self.interval} >= 1"
+            )
         if self.straight_through not in STRAIGHT_THROUGH:
             raise ValueError(_unknown("straight_through", self.straight_through, STRAIGHT_THROUGH))
         if not 0 < self.decay < 1:

@@ -149,7 +149,8 @@ def _why_not(found: Fusion, counts: Counter[int], taken: set[int]) -> str | None
 def _input_rules(recipe: Recipe) -> tuple[object, ...]:
     """All that decides what the state of an input becomes."""
     return (
-        recipe.input, recipe.algorithm, recipe.window, recipe.margin, recipe.power_of_two, recipe.warmup_steps
+        recipe.input, recipe.algorithm, recipe.window, recipe.margin, recipe.power_of_two, recipe.warmup_steps,
+        recipe.interval,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Prepared:
             prepare([layer.fp8_state() for layer in members], rule, [layer.fp8_step for layer in members])
             for rule, members in _by_rule(found).items()
         ]
+        self.holding = _holds(found)
         self.readers = pairs(found)
         self.sharing = _views(self.readers)
         self.fallbacks = fallbacks(found)
@@ -103,12 +104,36 @@ class Prepared:
         """Pending enters the histories, histories become scales; kept weight codes go; warm-up may end."""
         for fallback in self.fallbacks:
             fallback.decide()
+        before = [hold.before() for hold in self.holding]
         for commit in self.commits:
             commit()
+        for hold, scale in zip(self.holding, before, strict=True):
+            hold.after(scale)
         for layer, keeps in zip(self.layers, self.keeps, strict=True):
             layer.fp8_kept.drop(allowed=keeps)
             if not layer.fp8_warm:
                 layer.fp8_sync_step()
+
+
+class Hold:
+    """Layers of one device whose scales are made every `interval` steps: in between those of before the commit stay.
+
+    Decided on the device, by each layer's own count of steps, which is saved: a run that resumes goes on in step.
+    """
+
+    def __init__(self, layers: list[ScaledLayer]) -> None:
+        self.scale, self.step = [layer.fp8_scale for layer in layers], [layer.fp8_step for layer in layers]
+        self.interval = torch.tensor([layer.fp8_recipe.interval for layer in layers], device=self.step[0].device)  # [L]
+
+    def before(self) -> Tensor:
+        """fp32 [L, 3], the scales in use."""
+        return torch.stack(self.scale)
+
+    def after(self, old: Tensor) -> None:
+        """Put back what is not due: steps 1, 1 + interval, … make scales, and so does any step that finds none (0)."""
+        due = (torch.stack(self.step) - 1) % self.interval == 0  # [L]
+        made = torch.where(due[:, None] | (old == 0), self.before(), old)
+        torch._foreach_copy_(self.scale, list(made))
 
 
 def prepared(found: list[ScaledLayer]) -> Prepared:
@@ -118,6 +143,14 @@ def prepared(found: list[ScaledLayer]) -> Prepared:
         known = Prepared(found)
         found[0].__dict__[PREPARED] = known
     return known
+
+
+def _holds(found: list[ScaledLayer]) -> list[Hold]:
+    members: dict[torch.device, list[ScaledLayer]] = {}
+    for layer in found:
+        if layer.fp8_recipe.interval > 1:
+            members.setdefault(layer.fp8_scale.device, []).append(layer)
+    return [Hold(layers) for layers in members.values()]
 
 
 def _by_rule(found: list[ScaledLayer]) -> dict[ScaleRule, list[ScaledLayer]]:

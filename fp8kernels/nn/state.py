@@ -217,7 +217,7 @@ class ScaledLayer(nn.Module):
         if isinstance(history, Tensor) and history.ndim == 2:
             state_dict[f"{prefix}fp8_history"] = fit_window(history, self.fp8_recipe.window)
         made_for = state_dict.pop(f"{prefix}fp8_target", None)  # may be this layer's buffer, filled in place
-        made_for = made_for.tolist() if isinstance(made_for, Tensor) and not made_for.is_meta else None
+        made_for = local(made_for).tolist() if isinstance(made_for, Tensor) and not made_for.is_meta else None
         own: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, *rest)
         missing_keys.extend(key for key in own if not key[len(prefix) :].startswith(PREFIX))
