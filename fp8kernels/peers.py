@@ -26,7 +26,8 @@ class PeerWarning(UserWarning):
 def from_peer(peer: object) -> Recipe:
     """The recipe that says the same as another library's object.
 
-    DelayedScaling        window, algorithm, margin and formats; its scales encode, ours decode, and they are the same
+    DelayedScaling        window, algorithm, margin, formats, and interval where it has one; its scales encode, ours
+                          decode, and they are the same
     Float8CurrentScaling  scales from the tensor itself
     Float8BlockScaling    x and gradients 1x128, weights 128x128
     Float8LinearConfig    tensorwise and rowwise scaling, of gradients too
@@ -63,6 +64,7 @@ def delayed_scaling(peer: Any) -> Recipe:
         algorithm=_by_slot(algorithm) if callable(algorithm) else algorithm,
         window=peer.amax_history_len,
         margin=peer.margin,
+        interval=max(1, getattr(peer, "interval", 1)),  # of versions before 2; -1 stood for "every step"
         overrides=HEADS,
     )
 

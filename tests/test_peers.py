@@ -109,6 +109,14 @@ def test_delayed_scaling() -> None:
     assert roles(DelayedScaling(fp8_format=Format.E4M3))[2] == ("e4m3", *delayed)
 
 
+def test_an_interval_is_read_where_there_is_one() -> None:
+    assert get_recipe(DelayedScaling()).interval == 1
+    for given, meant in ((-1, 1), (1, 1), (10, 10)):
+        peer = DelayedScaling()
+        peer.interval = given  # type: ignore[attr-defined]
+        assert get_recipe(peer).interval == meant
+
+
 def test_a_function_of_the_history_sees_it_as_transformer_engine_has_it() -> None:
     def newest_twice(history: Tensor) -> Tensor:  # [window, tensors]
         assert history.shape[0] == 4
