@@ -159,13 +159,14 @@ def test_a_resumed_run_is_the_same_run(stop: int, how: str) -> None:
         equal(whole.model, second.model)
 
 
-def test_another_target_makes_the_scales_again() -> None:
-    old, new = Run(RECIPE.with_format(input="e4m3", weight="e4m3")), Run()
+@pytest.mark.parametrize("how", ["load", "in place"])
+def test_another_target_makes_the_scales_again(how: str) -> None:
+    old = Run(RECIPE.with_format(input="e4m3", weight="e4m3"))
     old.step(2)
     with pytest.warns(RecipeWarning, match="interval"):
-        new.model.load_state_dict(old.model.state_dict())
-    assert new.model[0].fp8_scale[0] == amax(1) / 15
-    assert new.model[0].fp8_target.tolist()[:2] == [15, 15]
+        new = RESUMED[how](old)
+    assert new[0].fp8_scale[0] == amax(1) / 15
+    assert new[0].fp8_target.tolist()[:2] == [15, 15]
 
 
 def test_to_an_interval_and_back() -> None:
