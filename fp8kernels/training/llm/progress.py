@@ -1,0 +1,63 @@
+"""One line about a running training, on a terminal only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from ...console import console
+from .ranks import rank
+from .record import Recorder
+from .watch import Watch
+
+
+class ProgressLine(TrainerCallback):
+    """Step, loss, tokens a second, the share of elements that saturated, APE, and the probe's accuracy."""
+
+    def __init__(self, recorder: Recorder, watch: Watch, *, every: int) -> None:
+        self.recorder, self.watch, self.every = recorder, watch, every
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Nothing is shown where nobody looks."""
+        shown = console()
+        if rank() or not shown.is_terminal:
+            return
+        columns = (TextColumn("{task.completed:>6}/{task.total}"), BarColumn(20), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=shown)
+        self.progress.add_task("", total=args.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The row of a step is made after its end, so the line tells of the step before."""
+        if self.progress is not None and state.global_step % self.every == 0:
+            text = line(self.recorder.last, self.watch.accuracy)
+            self.progress.update(self.progress.task_ids[0], completed=state.global_step, description=text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The line stays as it is."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def line(row: dict[str, Any], accuracy: float | None) -> str:
+    """A row of the log in one line."""
+    parts = []
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "tokens_per_second" in row:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "fp8/total/saturated" in row:
+        parts.append(f"saturated {row['fp8/total/saturated']:.2%}")
+    if "ape" in row:
+        parts.append(f"APE {row['ape']:.2f} %")
+    if accuracy is not None:
+        parts.append(f"probe {accuracy:.1%}")
+    return "  ".join(parts)
