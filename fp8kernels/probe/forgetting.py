@@ -179,6 +179,6 @@ class Forgetting:
         return (
             f"step {step}: {what}: {found.second:.2%} of {found.items} probe items right, {found.first:.2%} when "
             f"training began; drop {found.drop:.2%} ({found.low:.2%} to {found.high:.2%} with {found.level:.4g} "
-            f"confidence, at least {low:.2%} with {1 - spends:.6g}; alarm above {self.drop:.2%}), {found.only_first} lost and "
-            f"{found.only_second} gained, p = {found.p_value:.3g}"
+            f"confidence, at least {low:.2%} with {1 - spends:.6g}; alarm above {self.drop:.2%}), "
+            f"{found.only_first} lost and {found.only_second} gained, p = {found.p_value:.3g}"
         )
