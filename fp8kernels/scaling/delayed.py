@@ -16,6 +16,7 @@ ROLES = ("input", "weight", "grad")  # the rows of every state tensor
 INPUT, WEIGHT, GRAD = range(len(ROLES))
 
 PREFIX = "fp8_"  # of the state's names in a module and in its state_dict
+HELD = 2  # of `fp8_fallback`: in high precision for good
 COUNTERS = 4  # columns of the counters: elements, saturated, flushed to zero, not finite
 
 
@@ -27,8 +28,8 @@ def new_state(window: int, device: torch.device | str | None = None) -> dict[str
     fp8_scale     fp32 [3], 0 until the first commit
     fp8_counters  int64 [3, 4], since the layer was converted
     fp8_step      int64 [], commits in which the layer was seen
-    fp8_fallback  int64 [2], whether the layer has fallen back to high precision, and for how many steps in a row there
-                  was reason to change that
+    fp8_fallback  int64 [2], whether the layer has fallen back to high precision (1; HELD: for good), and for how many
+                  steps in a row there was reason to change that
     """
     roles = len(ROLES)
     return {
