@@ -11,10 +11,13 @@ from transformers import TrainerCallback
 
 from ..nn.hold import hold_high
 from ..nn.roots import layers
-from ..probe.forgetting import Forgetting, Look
+from ..probe.forgetting import Forgetting, ForgettingError, Look
 from ..probe.items import Item, digest
 from ..probe.score import Scores, score
 from ..runs import Run
+
+
+__all__ = ["ForgettingError", "ProbeCallback"]
 
 
 class ProbeCallback(TrainerCallback):
