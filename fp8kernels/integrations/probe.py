@@ -16,12 +16,11 @@ from ..probe.items import Item, digest
 from ..probe.score import Scores, score
 from ..runs import Run
 
-
 __all__ = ["ForgettingError", "ProbeCallback"]
 
 
 class ProbeCallback(TrainerCallback):
-    """Asks the model before the first step, every `every` steps and after the last, and compares with the start.
+    """Asks the model before the first step, every `every` steps and after the last one, and compares with the start.
 
         ProbeCallback.add_to(trainer, items, tokenizer, every=100)
 
@@ -83,7 +82,7 @@ class ProbeCallback(TrainerCallback):
         if own and writes:
             self.run.path.mkdir(parents=True, exist_ok=True)
             self.run.cut(state.global_step if state.global_step else -1)
-        if state.global_step or self.run.rows("probe"):
+        if state.global_step or (self.given is not None and self.given.rows("probe")):
             self._go_on(state.global_step)
             return
         scores = self._score()
@@ -95,11 +94,6 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """A look, every N steps and at the last one."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._look(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """A last look, if the last step had none."""
-        if state.global_step > self.asked:
             self._look(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
