@@ -143,7 +143,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "other fields": (
         "a.jsonl",
         b'{"Text": "a", "id": 1}\n',
-        r"no field 'text'. It has 'Text', 'id'; set text_field to",
+        r"no field 'text'. It has 'Text', 'id'; set",
     ),
     "usual name": ("a.jsonl", b'{"id": 1, "content": "a"}\n', "set text_field to 'content'"),
     "no fields": ("a.jsonl", b"{}\n", "It has none"),
@@ -189,9 +189,7 @@ def test_nothing_there(
 
 def test_a_parquet_file_without_the_field_and_with_a_null(tmp_path: Path) -> None:
     path = parquet_file(tmp_path / "a.parquet", {"txet": ["a"], "id": [1]})
-    with pytest.raises(
-        ValueError, match=r"a\.parquet has no field 'text'. It has 'txet', 'id'; set text_field to 'txet'"
-    ):
+    with pytest.raises(ValueError, match=r"a\.parquet has no field 'text'. .*; set text_field to 'txet'"):
         list(read_documents(path))
     path = parquet_file(tmp_path / "b.parquet", {"text": ["a", None, "b"]})
     with pytest.raises(ValueError, match=r"b\.parquet, row 2: the field 'text' holds null"):

@@ -76,9 +76,7 @@ def files_of(source: str | Path | Iterable[str | Path]) -> list[Path]:
     for one in _listed(source):
         path = Path(one).expanduser()
         matches = {path} if path.exists() else {Path(match) for match in glob.glob(str(path), recursive=True)}
-        roots = [
-            match for match in sorted(matches) if matches.isdisjoint(match.parents)
-        ]  # "**" gives folders and files
+        roots = [match for match in sorted(matches) if matches.isdisjoint(match.parents)]  # "**" gives both
         files = [file for root in roots for file in _walk(root)]
         if roots and not files:
             raise ValueError(f"{one} is a folder without files to read")

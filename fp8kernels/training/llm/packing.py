@@ -79,6 +79,7 @@ def _tokenized(
     if end is None:
         raise ValueError("the tokenizer has no end token to close documents with; set its eos_token and save it again")
     waiting: Iterator[Document | str] = iter(documents)
+    known = np.iinfo(np.int32).max if vocab is None else vocab
     number = 0
     while some := list(itertools.islice(waiting, AT_ONCE)):
         named = [
@@ -91,11 +92,11 @@ def _tokenized(
                 report.empty += 1
                 continue
             tokens = _closed(document, ids, end)
-            beyond = (tokens.ids < 0) | (tokens.ids >= (vocab or np.iinfo(np.int32).max))
+            beyond = (tokens.ids < 0) | (tokens.ids >= known)
             if beyond.any():
                 raise ValueError(
-                    f"{document.where} has the token {tokens.ids[beyond][0]}, the model knows 0 to "
-                    f"{(vocab or 0) - 1}; the data or the tokenizer were made for another model"
+                    f"{document.where} has the token {tokens.ids[beyond][0]}, the model knows 0 to {known - 1}; "
+                    "the data or the tokenizer were made for another model"
                 )
             report.tokens += len(tokens.ids)
             report.longest = max(report.longest, len(tokens.ids))
