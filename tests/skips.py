@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 TRAIN = ("transformers", "accelerate", "datasets", "peft", "trl", "tensorboard")  # the extra of that name
+EVAL = ("lm_eval",)  # the same
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def without_train() -> bool:
     return any(importlib.util.find_spec(name) is None for name in TRAIN)
 
 
+def without_eval() -> bool:
+    return any(importlib.util.find_spec(name) is None for name in EVAL)
+
+
 def below_avx512() -> bool:
     from fp8kernels import _cpu
 
@@ -71,6 +76,7 @@ EXPECTED = (
     Skip(r"built without the C\+\+ tests", without_cpp_tests, "with those the CUDA kernels are built for the host"),
     Skip(r"triton is not installed", without_triton, "Triton has wheels for Linux only"),
     Skip(rf"could not import '({'|'.join(TRAIN)})'", without_train, "they are the extra train"),
+    Skip(rf"could not import '({'|'.join(EVAL)})'", without_eval, "they are the extra eval"),
     Skip(r"CPU has no (avx512|avx2)", below_avx512, "the kernel needs instructions that this CPU lacks"),
     Skip(r"FP8KERNELS_ISA is set", lowered_isa, "the run forces one instruction set for all tests"),
     Skip(r"only on x86", not_x86, "the vector kernels are written for x86; others take the portable one"),
