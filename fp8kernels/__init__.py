@@ -38,7 +38,15 @@ from .ops import (
 from .recipe import RECIPES, Alarm, Recipe, Role, get_recipe
 from .scaling import BLOCKS, Block, QTensor, get_block, without_state
 from .sensitivity import Plan, Sensitivity, plan
-from .telemetry import CarrierWarning, SaturationError, SaturationWarning, log_to, report, summary
+from .telemetry import (
+    CarrierWarning,
+    SaturationError,
+    SaturationWarning,
+    SaturationWatch,
+    log_to,
+    report,
+    summary,
+)
 
 try:
     __version__ = importlib.metadata.version("fp8kernels")
@@ -63,6 +71,7 @@ __all__ = [
     "Role",
     "SaturationError",
     "SaturationWarning",
+    "SaturationWatch",
     "Sensitivity",
     "activation_quantize",
     "all_gather_codes",

@@ -8,6 +8,9 @@ In high precision a layer still notes what rounding would have done (high.py), s
 saturate. Decided is on the device, in the layers' state `fp8_fallback`, by the same numbers on every rank. The host
 acts on it at once where the state is on a CPU. From a GPU it is copied, and acted on at the next commit: by then it has
 arrived, so nothing waits, and all ranks change in the same step.
+
+A layer can also be asked to fall back for another reason (`ask_for_fallback`): at its next commit, by the same way, so
+that all ranks follow when one was asked.
 """
 
 from __future__ import annotations
@@ -15,22 +18,52 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..formats import E4M3, get_format
-from ..scaling.delayed import ROLES
+from ..scaling.delayed import HELD, ROLES
+from . import state as states
+from .sharded import TOGETHER
 from .state import ScaledLayer
 
 LOG = logging.getLogger("fp8kernels")
 UNSEEN = -1.0  # the fraction of a role without elements in this step
+ASKED = float("inf")  # the fractions of a layer that was asked to fall back
 
+_reasons: weakref.WeakKeyDictionary[ScaledLayer, str] = weakref.WeakKeyDictionary()  # of layers that were asked
 _told: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()  # layers whose fall was warned of
 
 
 class FallbackWarning(UserWarning):
     """A layer keeps saturating and computes in high precision from now on."""
+
+
+def allow_fallback(found: list[ScaledLayer]) -> None:
+    """Give the layers' alarms the policy "fallback"; a state that says so already is followed.
+
+    raises   ValueError where FSDP gathers a layer's weight as codes, so that there is none in high precision
+    """
+    for layer in found:
+        if TOGETHER in layer.__dict__:
+            raise ValueError(
+                f"layer {layer.fp8_name!r} cannot fall back: all_gather_codes sends its weight to other ranks as 8-bit "
+                f"codes; take another policy"
+            )
+    for layer in found:
+        alarm = layer.fp8_recipe.alarm
+        if alarm.policy != "fallback":
+            layer.fp8_recipe = layer.fp8_recipe.replace(alarm=replace(alarm, policy="fallback"))
+        if not layer.fp8_scale.is_meta:
+            layer.fp8_sync_step()
+    states.moved()
+
+
+def ask_for_fallback(layer: ScaledLayer, reason: str) -> None:
+    """Have a layer with that policy compute in high precision from its next commit on, for `recover` or more."""
+    _reasons[layer] = reason
 
 
 class Fallback:
@@ -51,8 +84,8 @@ class Fallback:
         self.excused = torch.zeros_like(self.fractions, dtype=torch.bool)
         self.decided: Tensor | None = None  # fp32 [L, 1 + 3 * 3], on the host or on its way there
         self.event: torch.cuda.Event | None = None
-        for layer, state in zip(layers, torch.stack(self.state).tolist(), strict=True):
-            _follow(layer, bool(state[0]), None)
+        for layer, (high, _) in zip(layers, torch.stack(self.state).tolist(), strict=True):
+            _follow(layer, bool(high), None)
 
     def count(self) -> None:
         """Write into `fractions`, fp32 [L, 3], how much of each tensor saturated since the last commit."""
@@ -66,6 +99,9 @@ class Fallback:
         elements, saturated = step[..., 0], step[..., 1]
         fractions = torch.where(self.excused, 0.0, saturated.float() / elements.clamp(min=1))
         self.fractions.copy_(torch.where(elements > 0, fractions, UNSEEN))
+        for row, layer in enumerate(self.layers):
+            if layer in _reasons:
+                self.fractions[row] = ASKED
 
     def decide(self) -> None:
         """Take the evidence in; the scales must still be those that the step was computed with."""
@@ -105,8 +141,9 @@ def to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def decisions(state: Tensor, fractions: Tensor, limit: Tensor, steps: Tensor) -> Tensor:
     """The next state of many layers.
 
-    state      int64 [L, 2]: is the layer in high precision (0 or 1), commits in a row that speak for a change
-    fractions  fp32 [L, 3], UNSEEN where a role was not seen
+    state      int64 [L, 2]: is the layer in high precision (0, 1, or HELD: for good), commits in a row that speak for a
+               change
+    fractions  fp32 [L, 3], UNSEEN where a role was not seen, ASKED where the layer was asked to fall back
     limit      fp32 [L, 1]
     steps      int64 [L, 2], in a row until a layer falls back, and until it returns
     returns    int64 [L, 2]
@@ -116,9 +153,10 @@ def decisions(state: Tensor, fractions: Tensor, limit: Tensor, steps: Tensor) ->
     quiet = (fractions <= limit / 2).all(1)  # what was not seen says nothing against it
     in_a_row = torch.where(torch.where(high, quiet, saturates), in_a_row + 1, 0)
     changes = in_a_row >= torch.where(high, steps[:, 1], steps[:, 0])
+    changes |= ~high & (fractions == ASKED).any(1)
     new = torch.stack([(high ^ changes).to(torch.int64), torch.where(changes, 0, in_a_row)], 1)
-    seen = (fractions > UNSEEN).any(1, keepdim=True)
-    return torch.where(seen, new, state)
+    moves = (fractions > UNSEEN).any(1, keepdim=True) & (state[:, :1] != HELD)
+    return torch.where(moves, new, state)
 
 
 def fallbacks(found: list[ScaledLayer]) -> list[Fallback]:
@@ -139,29 +177,35 @@ def largest(layer: ScaledLayer, index: int) -> tuple[str, float]:
     """What a role's tensor travels as, and the largest value of that in units of its scale."""
     role = layer.fp8_recipe.roles()[index]
     fmt = get_format(role.fmt if role is not None else layer.fp8_recipe.input.fmt)
+    clamp = layer.fp8_recipe.clamp(index)
+    if clamp is not None:
+        return f"{fmt.name} clamped at its target", clamp
     shift = layer.fp8_carrier(index, layer.fp8_scale.device)
     return (fmt.name, fmt.max) if shift is None else (f"{fmt.name}'s carrier", E4M3.max * 2.0**-shift)
 
 
 def _follow(layer: ScaledLayer, high: bool, evidence: list[float] | None) -> None:
     """Set the layer's precision; a change is logged, and the first fall of a layer is warned of."""
-    if high == layer.fp8_high:
+    reason = _reasons.pop(layer, None)
+    if high == layer.fp8_high or layer.fp8_held:
         return
     layer.fp8_high = high
-    message = _message(layer, high, evidence)
+    message = _message(layer, high, evidence, reason)
     LOG.info(message)
     if high and layer not in _told:
         _told.add(layer)
         warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
-def _message(layer: ScaledLayer, high: bool, evidence: list[float] | None) -> str:
+def _message(layer: ScaledLayer, high: bool, evidence: list[float] | None, reason: str | None) -> str:
     alarm, name = layer.fp8_recipe.alarm, layer.fp8_name or type(layer).__name__
     what = "falls back to high precision" if high else "computes in 8 bits again"
     if evidence is None:
         return f"{name}: {what}, as its state says"
     roles = len(ROLES)
     fractions, amax, scale = (evidence[start : start + roles] for start in range(0, len(evidence), roles))
+    if high and ASKED in fractions:
+        return f"{name}: {what}, as it was asked to: {reason or 'another rank says why'}"
     worst = max(range(roles), key=lambda index: fractions[index])
     fmt, top = largest(layer, worst)
     newest = (

@@ -15,8 +15,9 @@ from ..kernels.commit import State
 from ..kernels.quantize import carrier as carriers
 from ..recipe import Recipe, Role
 from ..scaling.block import get_block
-from ..scaling.delayed import INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
+from ..scaling.delayed import HELD, INPUT, PREFIX, ROLES, WEIGHT, fit_window, new_state
 from ..scaling.rules import get_algorithm, scale_from_amax
+from . import clamp as clamps
 from .broadcast import RANKS_OWN, tell_running
 from .dry_run import watch_stages
 from .dtensor import is_dtensor, local
@@ -66,7 +67,8 @@ class ScaledLayer(nn.Module):
     fp8_name: str
     fp8_family: Family
     fp8_warm: bool  # whether the recipe's warm-up steps are over
-    fp8_high: bool  # whether the alarm's policy "fallback" has taken the layer to high precision
+    fp8_high: bool  # whether the alarm's policy "fallback" or `hold_high` has taken the layer to high precision
+    fp8_held: bool = False  # whether it stays there, by `hold_high`
     fp8_scaled: tuple[int, tuple[bool, ...]] = (-1, ())  # of which generation of the state, which roles have a scale
     fp8_kept: Kept  # the weight's codes, from one commit to the next
     fp8_routes: tuple[str, ...]  # of the three roles: the recipe's; the counters turn "auto" into "exact"
@@ -94,7 +96,7 @@ class ScaledLayer(nn.Module):
             self.register_buffer(key, value)
         self.register_buffer("fp8_target", self._targets(device), persistent=recipe.interval > 1)
         self.register_buffer("fp8_counted", torch.zeros_like(self.fp8_counters), persistent=False)
-        _moved()
+        moved()
 
     def _targets(self, device: Any) -> Tensor:
         """Where the amax of each role lands; a static scale does not move, which 0 says."""
@@ -109,9 +111,9 @@ class ScaledLayer(nn.Module):
             self._non_persistent_buffers_set.discard(key)
         for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts", "fp8_high"):
             self.__dict__.pop(key, None)
-        for key in (*FLEETING, "fp8_scaled"):
+        for key in (*FLEETING, "fp8_scaled", "fp8_held"):
             self.__dict__.pop(key, None)
-        _moved()
+        moved()
 
     def fp8_state(self) -> State:
         """The tensors that a commit updates."""
@@ -120,7 +122,9 @@ class ScaledLayer(nn.Module):
     def fp8_sync_step(self) -> None:
         """Read from the state whether warm-up is over, and whether the layer fell back to high precision."""
         self.fp8_warm = self.fp8_recipe.warmup_steps == 0 or int(self.fp8_step) >= self.fp8_recipe.warmup_steps
-        self.fp8_high = self.fp8_recipe.alarm.policy == "fallback" and bool(self.fp8_fallback[0])
+        high = int(self.fp8_fallback[0])
+        self.fp8_held = high == HELD
+        self.fp8_high = self.fp8_held or (self.fp8_recipe.alarm.policy == "fallback" and high > 0)
 
     @property
     def fp8_on(self) -> bool:
@@ -164,6 +168,7 @@ class ScaledLayer(nn.Module):
             (self.fp8_pending[index : index + 1], self.fp8_counters[index]) if self.training else None,
             transpose=transpose,
             carrier=None if exact else self.fp8_carrier(index, x.device),
+            clamp=recipe.clamp(index),
         )
 
     def fp8_watch(self, x: Tensor, w: Tensor) -> None:
@@ -177,7 +182,7 @@ class ScaledLayer(nn.Module):
         for key, value in self._buffers.items():
             if key.startswith(PREFIX) and is_dtensor(value):
                 self._buffers[key] = local(value)
-                _moved()
+                moved()
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """parallelize_module makes DTensors of all buffers of a layer, and then registers its hook."""
@@ -192,7 +197,7 @@ class ScaledLayer(nn.Module):
         was = before.get("fp8_scale")
         if was is not None and was.is_meta and not self.fp8_scale.is_meta:
             self._start(self.fp8_scale.device)
-        _moved()
+        moved()
         return self
 
     def _start(self, device: Any) -> None:
@@ -236,7 +241,7 @@ class ScaledLayer(nn.Module):
                 self._follow_histories()
             self.fp8_sync_step()
         self.fp8_kept.drop(allowed=False)
-        _moved()
+        moved()
 
     @torch.no_grad()
     def _follow_histories(self) -> None:
@@ -271,7 +276,8 @@ class ScaledLayer(nn.Module):
         return f"{super().extra_repr()}, fp8={self.fp8_recipe.name!r}"
 
 
-def _moved() -> None:
+def moved() -> None:
+    """The state, or what a commit does with it, is another than it was."""
     global generation
     generation += 1
 
@@ -294,6 +300,7 @@ def quantize_role(
     *,
     transpose: bool = False,
     carrier: int | None = None,
+    clamp: float | None = None,
     propagate: bool = False,
 ) -> Coded:
     """A tensor of a role in 8 bits.
@@ -302,11 +309,18 @@ def quantize_role(
     observer   (pending fp32 [1], counters int64 [4]) to note x in, or None
     transpose  keep the transposed codes too
     carrier    the k of a carrier, or None
+    clamp      where values are cut, in units of the scale (nn/clamp.py), or None
     propagate  an Inf or NaN in x makes the scale of its block NaN: codes would hide an Inf from who looks for one in
                the gradients, as a GradScaler does
     """
     given, how, fmt = role_arguments(x, role, target, power_of_two, scale, transpose=transpose, carrier=carrier)
-    if observer is None:
+    if clamp is not None and x.numel():
+        limit = clamps.limit(scale, clamp)  # [1] fp32
+        codes, codes_t, used, _, counts = torch.ops.fp8kernels.quantize(x.float().clamp(-limit, limit), given, *how)
+        if observer is not None and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()):
+            clamps.note(x, clamps.beyond(x, limit), counts, observer)
+        amax = clamps.magnitude(x)
+    elif observer is None:
         codes, codes_t, used, amax, _ = torch.ops.fp8kernels.quantize(x, given, *how)
     else:
         codes, used, codes_t, amax = torch.ops.fp8kernels.quantize_observed(x, given, *observer, *how)
