@@ -31,4 +31,6 @@ def llm(
     with mistakes():
         run = train(read_config(config, changes or []), out, resume=resume)
     if run.info["status"] != "done":
+        typer.echo(f"{run.path} has stopped: {run.info['reason']}", err=True)
         raise typer.Exit(1)
+    typer.echo(f"wrote {run.path}")
