@@ -145,6 +145,14 @@ def prepared(found: list[ScaledLayer]) -> Prepared:
     return known
 
 
+def go_on(found: list[ScaledLayer]) -> None:
+    """Let layers that were loaded between two steps keep codes as after the last commit: counts go on to the bit."""
+    if found:
+        ready = prepared(found)
+        for layer, keeps in zip(ready.layers, ready.keeps, strict=True):
+            layer.fp8_kept.drop(allowed=keeps)
+
+
 def _holds(found: list[ScaledLayer]) -> list[Hold]:
     members: dict[torch.device, list[ScaledLayer]] = {}
     for layer in found:

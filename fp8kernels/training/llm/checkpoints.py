@@ -46,6 +46,13 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def end(folder: Path) -> None:
+    """Remove the staging folder, and the folder of checkpoints if there is none in it."""
+    shutil.rmtree(staging(folder), ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def seal(folder: Path, step: int) -> Path:
     """Turn a staged folder into the checkpoint of a step.
 

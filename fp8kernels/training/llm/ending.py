@@ -19,17 +19,20 @@ class Ending(TrainerCallback):
     """Ends training at the end of a step, on all processes at the same one.
 
     reason       why the run was stopped by a detector; None if it was not
+    good_until   the step up to which a detector had nothing to say; None: up to the one before its word
     interrupted  whether a signal asked for the end; the step is then saved first
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.good_until: int | None = None
         self.interrupted = False
         self.asked = False
 
-    def stop(self, reason: str) -> None:
-        """End at this step, without another checkpoint: the newest one is the last good one."""
-        self.reason = self.reason or reason
+    def stop(self, reason: str, *, good_until: int | None) -> None:
+        """End at this step, without another checkpoint."""
+        if self.reason is None:
+            self.reason, self.good_until = reason, good_until
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
         """A signal is acted on between two steps, when everything can be saved."""

@@ -14,7 +14,7 @@ from . import checkpoints
 from .nonfinite import NonFiniteError, nonfinite_parameters
 from .ranks import rank, wait
 from .record import Recorder
-from .watch import Watch
+from .watch import Saturation
 
 
 class Keeper(TrainerCallback):
@@ -26,9 +26,9 @@ class Keeper(TrainerCallback):
     """
 
     def __init__(
-        self, run: Run | None, folder: Path, recorder: Recorder, watch: Watch, *, keep: int, adapters: bool
+        self, run: Run | None, folder: Path, recorder: Recorder, saturation: Saturation, *, keep: int, adapters: bool
     ) -> None:
-        self.run, self.folder, self.recorder, self.watch = run, folder, recorder, watch
+        self.run, self.folder, self.recorder, self.saturation = run, folder, recorder, saturation
         self.keep, self.adapters = keep, adapters
         self.last: Path | None = None
 
@@ -45,7 +45,7 @@ class Keeper(TrainerCallback):
             try:
                 if self.adapters:
                     save_eight_bit(model.state_dict(), staged / EIGHT_BIT)
-                checkpoints.write_state(staged, self.watch.state())
+                checkpoints.write_state(staged, {"saturation": self.saturation.state()})
                 self.recorder.flush()
                 self.last = checkpoints.seal(self.folder, step)
             except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ...probe.items import Item, read_items
 from ...recipe import Recipe
 from ...runs.precision import recipe_of
 from .arguments import training_arguments
@@ -29,6 +30,7 @@ class Prepared:
     """A run that may begin.
 
     layers  the names of the 8-bit layers
+    items   of the probe
     """
 
     config: Config
@@ -39,6 +41,7 @@ class Prepared:
     data: Data
     train: Ordered
     layers: list[str]
+    items: list[Item]
 
     def reports(self) -> dict[str, Any]:
         """What the data are, for run.json."""
@@ -60,6 +63,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
     """
     recipe = recipe_of(config.recipe, config.recipe_changes)
     check_warm_up(recipe, config.steps)
+    items = list(read_items(config.probe.items)) if config.probe else []
     arguments = training_arguments(config, staging, validates=bool(config.data.validation or config.data.hold_out))
     model, tokenizer = build_plain(config, lambda: _texts(config))
     data = load_data(
@@ -79,7 +83,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
     check_shift(model, nn.utils.rnn.pad_sequence(rows, batch_first=True))
     layers = make_eight_bit(model, recipe)
     model = add_adapters(model, config.lora)
-    return Prepared(config, recipe, arguments, model, tokenizer, data, order, layers)
+    return Prepared(config, recipe, arguments, model, tokenizer, data, order, layers, items)
 
 
 def check_warm_up(recipe: Recipe | None, steps: int) -> None:

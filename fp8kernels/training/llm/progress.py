@@ -10,14 +10,14 @@ from transformers import TrainerCallback
 from ...console import console
 from .ranks import rank
 from .record import Recorder
-from .watch import Watch
 
 
 class ProgressLine(TrainerCallback):
     """Step, loss, tokens a second, the share of elements that saturated, APE, and the probe's accuracy."""
 
-    def __init__(self, recorder: Recorder, watch: Watch, *, every: int) -> None:
-        self.recorder, self.watch, self.every = recorder, watch, every
+    def __init__(self, recorder: Recorder, *, every: int) -> None:
+        self.recorder, self.every = recorder, every
+        self.accuracy: float | None = None
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -30,10 +30,14 @@ class ProgressLine(TrainerCallback):
         self.progress.add_task("", total=args.max_steps, completed=state.global_step)
         self.progress.start()
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+        """The probe's accuracy stays on the line until it is asked again."""
+        self.accuracy = (logs or {}).get("probe/accuracy", self.accuracy)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """The row of a step is made after its end, so the line tells of the step before."""
         if self.progress is not None and state.global_step % self.every == 0:
-            text = line(self.recorder.last, self.watch.accuracy)
+            text = line(self.recorder.last, self.accuracy)
             self.progress.update(self.progress.task_ids[0], completed=state.global_step, description=text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

@@ -45,7 +45,7 @@ class Recorder(TrainerCallback):
         base = self.baseline.get(state.global_step)
         if base:
             row["ape"] = 100 * abs(logs["loss"] - base) / abs(base)
-        row |= {key: value for key, value in logs.items() if key.startswith("fp8/total/")}
+        row |= {key: value for key, value in logs.items() if key.startswith(("fp8/total/", "probe/"))}
         logs |= {key: row[key] for key in ("tokens_per_second", "ape") if key in row}
         self.pending = self.last = row
 

@@ -27,15 +27,14 @@ def train(config: Config | dict[str, Any] | Path | str, out: Path | str, *, resu
              earlier ones being whole
     """
     try:
+        import accelerate  # noqa: F401
         import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'fp8kernels[train]'") from error
+    from .prepare import prepare
+    from .ranks import rank, wait
+    from .steps import take_steps
 
-        from .prepare import prepare
-        from .ranks import rank, wait
-        from .steps import take_steps
-    except ImportError as error:
-        raise ImportError(
-            f"training needs transformers and its Trainer ({error}): pip install 'fp8kernels[train]'"
-        ) from error
     config, out = read_config(config), Path(out)
     found = _found(out, resume=resume)
     folder = out / CHECKPOINTS

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ...integrations.transformers import TelemetryCallback
+from ...nn.prepared import go_on
+from ...nn.step import layers
 from ...runs import Run
 from ...runs.precision import EIGHT_BIT, load_eight_bit
 from . import checkpoints
@@ -22,7 +24,7 @@ from .ranks import rank, wait
 from .record import Recorder
 from .tensorboard import tensorboard
 from .trainer import LanguageTrainer
-from .watch import Watch
+from .watch import Probe, Saturation
 
 CHECKPOINTS, MODEL, TENSORBOARD = "checkpoints", "model", "tensorboard"
 
@@ -45,23 +47,27 @@ def take_steps(
         tokenizer=prepared.tokenizer,
     )
     recorder, ending = Recorder(run, baseline, trainer.tokens), Ending()
-    watch = Watch(run, config, prepared.model, prepared.tokenizer, ending)
-    keeper = Keeper(run, folder, recorder, watch, keep=config.keep, adapters=config.lora is not None)
-    progress = ProgressLine(recorder, watch, every=config.log_every)
+    saturation = Saturation(run, config.saturation, prepared.model, ending)
+    keeper = Keeper(run, folder, recorder, saturation, keep=config.keep, adapters=config.lora is not None)
+    progress = ProgressLine(recorder, every=config.log_every)
+    before: list[TrainerCallback] = [recorder, saturation, ending]  # the probe's numbers belong to the recorder's row
+    if config.probe:
+        before.insert(0, Probe(run or Run(out, {}), config.probe, prepared.items, prepared.tokenizer, ending))
     step = checkpoints.step_of(start) if start else 0
     after: list[TrainerCallback] = [Last(config, validates=prepared.data.validation is not None), keeper, progress]
     if rank() == 0:
         after.append(tensorboard(out / TENSORBOARD, step, every=config.log_every))
+    if start is not None:
+        before.append(GoOn())
+        saturation.load(checkpoints.read_state(start).get("saturation", {}))
+        if (start / EIGHT_BIT).is_file():
+            load_eight_bit(prepared.model, start / EIGHT_BIT)
     handler: Any = trainer.callback_handler
     if prepared.layers:
         TelemetryCallback.add_to(trainer)
-    handler.callbacks[1 if prepared.layers else 0 : 0] = [recorder, watch, ending]
+    handler.callbacks[1 if prepared.layers else 0 : 0] = before
     for callback in after:
         trainer.add_callback(callback)
-    if start is not None:
-        watch.load(checkpoints.read_state(start))
-        if (start / EIGHT_BIT).is_file():
-            load_eight_bit(prepared.model, start / EIGHT_BIT)
     status, reason = "done", None
     try:
         with ending.signals():
@@ -75,21 +81,30 @@ def take_steps(
         raise
     finally:
         progress.close()
-        watch.close()
+        saturation.close()
     recorder.flush()
     if ending.reason is not None:
         status, reason = "stopped", ending.reason
     elif ending.interrupted:
         status, reason = "stopped", f"interrupted at step {trainer.state.global_step}"
     if status == "stopped":
-        reason = f"{reason}. {way_on(folder)}"
+        reason = f"{reason}. {way_on(folder, ending.good_until)}"
     else:
         save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
     wait()
     if run is None:
         return Run.open(out)
+    checkpoints.end(folder)
     run.finish(status, reason)
     return run
+
+
+class GoOn(TrainerCallback):
+    """A checkpoint was taken behind a commit, and the model stands there again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """The checkpoint is in the model by now."""
+        go_on(layers(model))
 
 
 class Last(TrainerCallback):
@@ -110,12 +125,17 @@ def recipe_entry(config: Config) -> dict[str, Any]:
     return {"recipe": config.recipe, "recipe_changes": config.recipe_changes}
 
 
-def way_on(folder: Path) -> str:
-    """What is there to go on from, in words."""
+def way_on(folder: Path, good_until: int | None = None) -> str:
+    """What is there to go on from, in words.
+
+    good_until   the last step at which all was well; None: every checkpoint is good
+    """
     whole = checkpoints.whole(folder)
-    if not whole:
-        return "There is no checkpoint yet; begin again with save_every set lower"
-    return f"The last good checkpoint is {whole[-1]}; go on from it with --resume"
+    good = [path for path in whole if good_until is None or checkpoints.step_of(path) <= good_until]
+    if not good:
+        return "There is no good checkpoint; begin again, with save_every set lower"
+    later = f" (remove the {len(whole) - len(good)} later ones first)" if len(whole) > len(good) else ""
+    return f"The last good checkpoint is {good[-1]}; go on from it with --resume{later}"
 
 
 def _event(run: Run | None, step: int, kind: str, text: str) -> None:
@@ -128,6 +148,7 @@ def _broken(run: Run | None, error: BaseException, folder: Path) -> None:
     if run is None:
         return
     what = str(error) or type(error).__name__
+    checkpoints.end(folder)  # what is half written takes room
     try:
         run.finish("stopped", f"{what}. {way_on(folder)}")
     except OSError:

@@ -2,62 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from ...integrations.probe import ProbeCallback
 from ...nn.step import layers
+from ...probe.forgetting import ForgettingError
+from ...probe.items import Item
 from ...runs import Run
-from .config import Config
+from .config import ProbeSettings, SaturationSettings
 from .ending import Ending
 
 
-class Watch(TrainerCallback):
-    """Asks the detectors at their steps, writes what they saw, and ends the run where their policy says so."""
+class Saturation(TrainerCallback):
+    """Writes what a SaturationWatch has measured, and ends the run where it says so.
 
-    def __init__(self, run: Run | None, config: Config, model: nn.Module, tokenizer: Any, ending: Ending) -> None:
+    raises   ValueError for options that SaturationWatch does not take
+    """
+
+    def __init__(self, run: Run | None, settings: SaturationSettings, model: nn.Module, ending: Ending) -> None:
         self.run, self.ending = run, ending
-        self.accuracy: float | None = None
-        self.saturation: Any = None
-        if config.saturation.every and layers(model):
+        self.state_before: dict[str, Any] | None = None
+        self.detector: Any = None
+        if settings.every and layers(model):
             from ...telemetry.saturation import SaturationWatch
 
-            settings = config.saturation
             try:
-                self.saturation = SaturationWatch(
+                self.detector = SaturationWatch(
                     model, every=settings.every, policy=settings.policy, raising=False, **settings.options
                 )
             except TypeError as error:
                 raise ValueError(f"saturation.options: {error}") from None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """A checkpoint is in the model by now."""
+        if self.detector is None:
+            return
+        if self.state_before is None:
+            self.detector.begin_step()
+        else:
+            self.detector.load_state_dict(self.state_before)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
         """What the step's commit has measured."""
-        if self.saturation is None or logs is None or "loss" not in logs:
+        if self.detector is None or logs is None or "loss" not in logs:
             return
-        for measured in self.saturation.take():
+        step = state.global_step
+        for measured in self.detector.take():
             if self.run is not None:
                 self.run.append("layers", *measured.rows())
-            for text in measured.findings:
-                self.event(state.global_step, "saturation", text)
+                rows = [{"step": step, "kind": "saturation", "text": text} for text in measured.findings]
+                self.run.append("events", *rows)
             if measured.stop is not None:
-                self.ending.stop(f"saturation at step {state.global_step}: {measured.stop}")
+                self.ending.stop(f"saturation: {measured.stop}", good_until=None)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from, as JSON holds it."""
-        return {} if self.saturation is None else {"saturation": self.saturation.state_dict()}
+        return {} if self.detector is None else self.detector.state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        if self.saturation is not None and "saturation" in state:
-            self.saturation.load_state_dict(state["saturation"])
-
-    def event(self, step: int, kind: str, text: str) -> None:
-        """Note what happened."""
-        if self.run is not None:
-            self.run.append("events", {"step": step, "kind": kind, "text": text})
+        """Go on from what `state` gave, once the model has its checkpoint."""
+        self.state_before = state or None
 
     def close(self) -> None:
-        """Take the detectors off the model."""
-        if self.saturation is not None:
-            self.saturation.remove()
+        """Take the detector off the model."""
+        if self.detector is not None:
+            self.detector.remove()
+
+
+class Probe(ProbeCallback):
+    """The knowledge probe, but the policy "stop" ends the step whole: with its row, on all processes."""
+
+    def __init__(
+        self, run: Run, settings: ProbeSettings, items: Sequence[Item], tokenizer: Any, ending: Ending
+    ) -> None:
+        super().__init__(
+            items,
+            tokenizer,
+            every=settings.every,
+            policy=settings.policy,
+            drop=settings.drop,
+            level=settings.level,
+            batch=settings.batch,
+            run=run,
+        )
+        self.ending = ending
+        self.good = 0  # the step of the newest look without an alarm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """The starting scores."""
+        super().on_train_begin(args, state, control, model=model, **rest)
+        self.good = self.asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """A look, every N steps and at the last one."""
+        try:
+            super().on_step_end(args, state, control, **rest)
+        except ForgettingError as error:
+            self.ending.stop(f"forgetting: {error}", good_until=self.good)
+        else:
+            self.good = self.asked
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+        """The row of a step has what was seen in that step, so that a resumed run writes the same rows."""
+        if self.asked == state.global_step:
+            super().on_log(args, state, control, logs=logs, **rest)
