@@ -32,6 +32,8 @@ class Role:
              of shifted values, at the full FP8 rate (docs/NUMERICS.md says what they cannot hold). "auto": a carrier on
              GPUs with FP8 tensor cores, for as long as the counters allow (`Alarm`), else exact. Other formats have
              one route
+    clamp    cut values beyond target * scale to that before they are rounded, and count them as saturated. Scales from
+             the tensor itself cut nothing. With route="auto" HiF8 then takes the exact route
     """
 
     fmt: str
@@ -39,6 +41,7 @@ class Role:
     block: str = "tensor"
     target: float | None = None
     route: str = "auto"
+    clamp: bool = False
 
     def __post_init__(self) -> None:
         get_format(self.fmt)
@@ -48,6 +51,11 @@ class Role:
         if self.scaling != "current" and self.block != "tensor":
             raise ValueError(
                 f"scaling={self.scaling!r} keeps one scale per tensor, block={self.block!r} needs scaling='current'"
+            )
+        if self.clamp and self.scaling == "current":
+            raise ValueError(
+                "clamp=True cuts what lies beyond a scale of past steps; scaling='current' follows each tensor and "
+                "leaves nothing to cut: take 'delayed' or 'static'"
             )
         if self.target is not None and not 0 < self.target <= get_format(self.fmt).max:
             raise ValueError(
@@ -101,7 +109,8 @@ class Recipe:
     warmup_steps  optimizer steps in which histories fill while the layer computes in high precision
     interval      optimizer steps from one making of the delayed scales to the next; histories take part in every step
     straight_through  the gradient of rounding x and w: "plain" is 1 everywhere, "clipped" is 0 where |x| lies beyond
-                  the largest value times the scale, and 1 elsewhere. Scales from the tensor itself clip nothing
+                  the largest value (or the clamp) times the scale, and 1 elsewhere. Scales from the tensor itself
+                  clip nothing
     overrides     (name pattern, Recipe or None) pairs, the first match wins; None leaves the layer as it is. A pattern
                   is a glob on the full layer name, or a regular expression behind "re:"
     alarm         when a saturating layer is reported
@@ -194,12 +203,23 @@ class Recipe:
         default = fmt.grad_target if index == 2 else fmt.target
         return float((default if role.target is None else role.target) * 2.0**-self.margin)
 
+    def reach(self, index: int) -> float:
+        """The target of a role without margin: margin is head-room, which carriers and clamps are to keep."""
+        return self.target(index) * 2.0**self.margin
+
+    def clamp(self, index: int) -> float | None:
+        """Where values of a role are cut, in units of the scale, or None."""
+        role = self.roles()[index]
+        return self.reach(index) if role is not None and role.clamp else None
+
     def carrier(self, index: int) -> int | None:
         """The k of the carrier that a role can have (its values are then E4M3 codes of value * 2**k), or None."""
         role = self.roles()[index]
         if role is None or role.route == "exact":
             return None
-        target = self.target(index) * 2.0**self.margin  # margin is head-room, which the carrier is to keep
+        if role.clamp and role.route == "auto":  # the counters would not tell what a carrier loses from what is cut
+            return None
+        target = self.reach(index)
         if carrier.why_not(get_format(role.fmt), target) is not None:
             return None
         return carrier.shift(target, head_room=DELAYED_HEAD_ROOM if role.scaling == "delayed" else 1.0)

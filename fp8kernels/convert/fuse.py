@@ -139,6 +139,8 @@ def _why_not(found: Fusion, counts: Counter[int], taken: set[int]) -> str | None
             return f"{place.name} is not converted"
         if type(layer) is not scaled.Linear:
             return f"{place.name} is a {type(layer).__name__}, which quantizes for itself"
+        if layer.fp8_recipe.input.clamp:
+            return f"{place.name} clamps its input before it is rounded"
         if counts[id(layer)] > 1 or id(layer) in taken:
             return f"{place.name} is called from several places"
         if _input_rules(layer.fp8_recipe) != _input_rules(layers[0].fp8_recipe):

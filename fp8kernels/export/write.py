@@ -99,6 +99,11 @@ def pack(
 @torch.no_grad()
 def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
     recipe = layer.fp8_recipe
+    if recipe.input.clamp:
+        raise ValueError(
+            f"export: layer {layer.fp8_name!r} clamps its input, which exported layers do not; revert the model, "
+            f"convert it with a recipe without clamp and load the state_dict of before into it"
+        )
     was_training = layer.training
     layer.eval()  # so that nothing is noted
     try:

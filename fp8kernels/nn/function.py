@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..formats import get_format
 from ..ops.check import matrix_shape
-from ..recipe import Recipe, Role
+from ..recipe import Recipe
 from ..scaling.delayed import GRAD, INPUT, WEIGHT
+from .clamp import beyond, limit
 from .coded import codes_for
 from .dtensor import is_dtensor
 from .gathered import gathered_codes
@@ -56,20 +57,24 @@ def scaled_linear(layer: ScaledLayer, x: Tensor, weight: Tensor, bias: Tensor | 
     if not needs_grad:
         return product(x_coded, w_coded, bias, dtype)
     observer = (layer.fp8_pending, layer.fp8_counters) if layer.training else (None, None)
-    beyond: tuple[Tensor | None, Tensor | None] = (None, None)
+    lost: tuple[Tensor | None, Tensor | None] = (None, None)
     if recipe.straight_through == "clipped":
-        beyond = clipped(x, x_coded, recipe.input), clipped(weight, w_coded, recipe.weight)
+        lost = clipped(layer, INPUT, x, x_coded), clipped(layer, WEIGHT, weight, w_coded)
     grad = _Gradient(recipe, layer.fp8_carrier(GRAD, x.device), transpose)
-    out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, *beyond, grad, dtype)
+    out: Tensor = _Linear.apply(x, weight, bias, *x_coded, *w_coded, layer.fp8_scale, *observer, *lost, grad, dtype)
     observe_gradient(layer, out)
     return out
 
 
-def clipped(x: Tensor, coded: Coded, role: Role) -> Tensor | None:
+def clipped(layer: ScaledLayer, index: int, x: Tensor, coded: Coded) -> Tensor | None:
     """Where a tensor lies beyond what its codes can hold, bool of its shape; None for scales of the tensor itself."""
-    if role.scaling == "current" or not x.requires_grad:
+    recipe = layer.fp8_recipe
+    if (recipe.input, recipe.weight)[index].scaling == "current" or not x.requires_grad:
         return None
-    return x.detach().abs() > get_format(coded.fmt).max * coded.scale.reshape(())
+    clamp = recipe.clamp(index)
+    if clamp is not None:
+        return beyond(x, limit(layer.fp8_scale[index : index + 1], clamp))
+    return beyond(x, limit(coded.scale.reshape(1), get_format(coded.fmt).max))
 
 
 def keeps_transposed(device: torch.device, recipe: Recipe) -> bool:
@@ -189,6 +194,7 @@ def _quantize_grad(
         observer,
         transpose=transpose,
         carrier=carrier,
+        clamp=recipe.clamp(GRAD),
         propagate=True,
     )
 

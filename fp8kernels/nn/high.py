@@ -59,5 +59,6 @@ class _NoteGradient(torch.autograd.Function):
             scale[at],
             (pending[at], counters[GRAD]),
             carrier=carrier,
+            clamp=recipe.clamp(GRAD),
         )
         return grad, *[None] * 5

@@ -60,7 +60,8 @@ def all_gather_codes(model: nn.Module) -> nn.Module:
     returns  the model. Losses, scales and weights are those of FSDP2 without this, bit for bit; counters count a rank's
              shards, once an all-gather
     raises   ValueError if the model has no such layers, is sharded already, or a recipe needs the weight in high
-             precision (warm-up, alarm policy "fallback") or more than one scale for it (blocks)
+             precision (warm-up, straight_through="clipped", alarm policy "fallback") or more than one scale for it
+             (blocks)
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -111,6 +112,8 @@ def why_not(layer: Linear) -> str | None:
         return f"its weight has a scale for each {recipe.weight.block!r} block, which would have to travel too"
     if recipe.warmup_steps:
         return f"warmup_steps={recipe.warmup_steps} computes with the weight itself; recipe.replace(warmup_steps=0)"
+    if recipe.straight_through == "clipped":
+        return "straight_through='clipped' compares the weight itself with its largest code; take 'plain'"
     if recipe.alarm.policy == "fallback":
         return "the alarm policy 'fallback' may call for the weight itself; take policy='warn'"
     return None
@@ -164,7 +167,7 @@ class CodeShard(torch.Tensor):
         layer: ScaledLayer = module
         if own_scaled(module, [WEIGHT]):
             together: Together = module.__dict__[TOGETHER]
-            layer = with_scale(module, together.scales(module, x.dtype))
+            layer = with_scale(module, together.scales(module, x.dtype), [WEIGHT])
         coded = layer.fp8_quantize(x, WEIGHT)
         codes = coded.codes
         short = -(-outer_size[0] // mesh.size()) - x.shape[0] if x.shape[1] == outer_size[1] else 0

@@ -79,7 +79,7 @@ def over_shards(run: Run, layer: ScaledLayer, x: Any, weight: Any, bias: Any) ->
         scale = own_scales(layer)
         if known:
             fill(layer, scale, roles, whole_amax(known, groups))
-        out = run(with_scale(layer, scale), x_local, w_local, b_local)
+        out = run(with_scale(layer, scale, lacking), x_local, w_local, b_local)
         if GRAD in lacking:
             out = _WholeGradient.apply(out, layer, scale, groups)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
@@ -179,23 +179,29 @@ def own_scales(layer: ScaledLayer) -> Tensor:
     return scale
 
 
-def with_scale(layer: ScaledLayer, scale: Tensor) -> ScaledLayer:
-    """The layer for one call, with these scales in place of its own: the same buffers, parameters and flags."""
+def with_scale(layer: ScaledLayer, scale: Tensor, own: Sequence[int]) -> ScaledLayer:
+    """The layer for one call, with these scales in place of its own: the same buffers, parameters and flags.
+
+    own  roles whose scale is made of the tensor itself, which cuts nothing
+    """
     stand_in = object.__new__(type(layer))
     stand_in.__dict__.update(layer.__dict__)
     stand_in.__dict__["_buffers"] = layer._buffers | {"fp8_scale": scale}
-    stand_in.__dict__["fp8_recipe"] = _given(layer.fp8_recipe)
+    stand_in.__dict__["fp8_recipe"] = _given(layer.fp8_recipe, tuple(own))
     return stand_in
 
 
 @functools.lru_cache(maxsize=64)
-def _given(recipe: Recipe) -> Recipe:
+def _given(recipe: Recipe, own: tuple[int, ...]) -> Recipe:
     """The recipe with scales given from outside where it makes one of the whole tensor."""
 
-    def give(role: Any) -> Any:
-        return replace(role, scaling="static") if role is not None and role.block == "tensor" else role
+    def give(index: int, role: Any) -> Any:
+        if role is None or role.block != "tensor":
+            return role
+        return replace(role, scaling="static", clamp=role.clamp and index not in own)
 
-    return replace(recipe, input=give(recipe.input), weight=give(recipe.weight), grad=give(recipe.grad))
+    roles = [give(index, role) for index, role in enumerate(recipe.roles())]
+    return replace(recipe, input=roles[INPUT], weight=roles[WEIGHT], grad=roles[GRAD])
 
 
 def fill(layer: ScaledLayer, scale: Tensor, roles: Sequence[int], amax: Tensor) -> None:
