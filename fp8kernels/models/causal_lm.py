@@ -90,7 +90,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_causal(model: Any) -> None:
-    """Refuse a model whose logits are not finite, or in which a token sees those that come after it.
+    """Refuse a model whose logits or their gradients are not finite, or in which a token sees those that come after it.
 
     The second is found by the gradient of the first token's logits with respect to the later embeddings: zero to the
     bit where they are masked. An encoder loaded as a causal LM would show a loss near 0 in training and know nothing.
@@ -114,10 +114,10 @@ def check_causal(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} does not compute logits of {TRIAL} tokens: {error}") from error
     finally:
         hook.remove()
-    if not bool(torch.isfinite(logits).all()):
+    if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(gradient).all())):
         raise ValueError(
-            f"{type(model).__name__} in {logits.dtype} gives logits that are NaN or Inf; its weights are finite, so "
-            "either they are damaged or the numbers between outgrow the dtype: try dtype='bfloat16' or 'float32'"
+            f"{type(model).__name__} in {logits.dtype} gives logits or gradients that are NaN or Inf; its weights are "
+            "finite, so either they are damaged or the numbers between outgrow the dtype: try 'bfloat16' or 'float32'"
         )
     if bool(gradient[0, 1:].count_nonzero()):
         raise ValueError(

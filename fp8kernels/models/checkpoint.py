@@ -207,9 +207,12 @@ def _tensor(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    listed = read_json(path).get("weight_map")
+    index = read_json(path)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{path} lists no tensors (weight_map); {AGAIN}")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f'{path} has no "metadata", without which transformers does not read it; add "metadata": {{}}')
     for name, shard in listed.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise ValueError(f"{path} has {name[:200]!r} in {shard!r}; files of a model lie in its own folder")
