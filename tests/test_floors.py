@@ -34,7 +34,18 @@ FLOORS = (
     {"cli", "info", "__main__", ""},  # "" is fp8kernels/__init__.py, the face: it may see all below
 )
 ONE_UNIT = ({"nn", "recipe", "peers"}, {"cli", "info", "__main__", ""})  # neighbours that may see each other
-OPTIONAL = {"transformers", "tokenizers", "matplotlib", "peft", "accelerate", "trl", "vllm", "sglang", "triton"}
+OPTIONAL = {
+    "transformers",
+    "tokenizers",
+    "matplotlib",
+    "peft",
+    "accelerate",
+    "trl",
+    "vllm",
+    "sglang",
+    "triton",
+    "lm_eval",
+}
 OPTIONAL_AT_HOME = {"integrations", "training", "serving"}
 LARGEST = (448, 57344, 32768)  # of E4M3, E5M2 and HiF8
 LIMIT = 500  # lines of one file
