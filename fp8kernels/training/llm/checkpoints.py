@@ -107,8 +107,9 @@ def rotate(folder: Path, *, keep: int, best: int | None) -> list[Path]:
     """Remove all whole checkpoints but the newest `keep` and the one of step `best`; returns what was removed."""
     found = whole(folder)
     gone = [path for path in found[:-keep] if step_of(path) != best]
-    for path in gone:
-        shutil.rmtree(path)
+    staging(folder).mkdir(parents=True, exist_ok=True)
+    for path in gone:  # away in one step first: a kill leaves no half of a checkpoint
+        shutil.rmtree(path.rename(staging(folder) / f"gone-{path.name}"))
     return gone
 
 

@@ -90,7 +90,12 @@ def take_steps(
     if status == "stopped":
         reason = f"{reason}. {way_on(folder, ending.good_until)}"
     else:
-        save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
+        try:
+            save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
+        except Exception as error:  # each library that writes has errors of its own
+            failed = checkpoints.CheckpointError(f"the trained model could not be written: {error}")
+            _broken(run, failed, folder)
+            raise failed from error
     wait()
     if run is None:
         return Run.open(out)
