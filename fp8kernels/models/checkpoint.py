@@ -149,14 +149,17 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise ValueError(f"{path} is {what}; a safetensors file belongs there")
     size = path.stat().st_size
     with path.open("rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
+        first = file.read(9)
+        length = int.from_bytes(first[:8], "little")
+        if first.startswith(b"version "):
             raise ValueError(f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` in that folder")
-        if len(first) < 8 or length < 2 or length > LONGEST_HEADER:
+        if first.startswith((b"PK", b"\x80\x02", b"GGUF")):
+            raise ValueError(f"{path} is a pickle, zip or GGUF file under another name; {CONVERT}")
+        if first[8:] != b"{" or length < 2 or length > LONGEST_HEADER:
             raise ValueError(f"{path} ({size:,} bytes) is not a safetensors file; {AGAIN}")
         if 8 + length > size:
             raise ValueError(f"{path} is cut short: its header alone has {length:,} bytes, the file {size:,}; {AGAIN}")
+        file.seek(8)
         entries = _parse(file.read(length), f"the header of {path}")
     entries.pop("__metadata__", None)
     room = size - 8 - length
