@@ -16,7 +16,7 @@ from .measure import Comparison, Samples, Work
 from .shapes import Shape
 
 SPEED, BANDWIDTH, TIME, MEMORY = "times as fast", "of its GB/s", "of its time", "of its memory"
-MICROSECONDS, TERAFLOPS = "µs", "TFLOP/s"
+MICROSECONDS, TERAFLOPS, PERCENT = "µs", "TFLOP/s", "% of its loss"
 ANY = "table"  # in place of a backend: the kernel that the table of ops/table.py chooses
 
 
@@ -28,7 +28,8 @@ class Case:
     check           raises AssertionError where ours is wrong; compares with the reference kernels
     unit            what the figure means: SPEED (baseline time / ours), BANDWIDTH (our GB/s / its GB/s), TIME (our
                     time / its), MEMORY (our bytes / its: samples are GB in place of seconds, so that a row has MB in
-                    place of milliseconds), MICROSECONDS or TERAFLOPS of ours alone
+                    place of milliseconds), MICROSECONDS or TERAFLOPS of ours alone, PERCENT (samples are the errors of
+                    steps divided by 1000, so that a row has percent in place of milliseconds)
     moved           bytes that ours has to read and write; 0 where that does not describe it
     baseline_moved  the same of the baseline
     flop            operations of a product
@@ -73,6 +74,8 @@ class Case:
             return 1 / timing.speedup
         if self.unit == MICROSECONDS:
             return 1e3 * timing.ours.p50
+        if self.unit == PERCENT:
+            return timing.ours.p50
         if self.unit == TERAFLOPS:
             return self.flop / (timing.ours.p50 / 1e3) / 1e12
         if self.unit == BANDWIDTH:
