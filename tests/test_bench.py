@@ -14,7 +14,7 @@ import torch
 
 import fp8kernels
 from bench import device, goals, ledger, measure, readme, shapes, when
-from bench.case import BANDWIDTH, MEMORY, MICROSECONDS, SPEED, TERAFLOPS, TIME, Case, noted, text
+from bench.case import BANDWIDTH, MEMORY, MICROSECONDS, PERCENT, SPEED, TERAFLOPS, TIME, Case, noted, text
 from bench.measure import Comparison, Spread
 
 TIMING = Comparison(Spread(1.0, 2.0, 3.0), Spread(3.0, 4.0, 5.0), speedup=2.0, rounds=7)
@@ -131,11 +131,11 @@ def test_goal_names_a_measurement_that_exists(goal: goals.Goal | goals.Survey) -
         build = getattr(importlib.import_module(f"bench.{module}"), function)
         inspect.signature(build).bind(**job.arguments)
         assert job.device in ("cpu", "cuda")
-    assert goal.unit in (SPEED, BANDWIDTH, TIME, MEMORY, MICROSECONDS, TERAFLOPS)
+    assert goal.unit in (SPEED, BANDWIDTH, TIME, MEMORY, MICROSECONDS, TERAFLOPS, PERCENT)
     if isinstance(goal, goals.Goal):
         assert goal.value > 0
         assert goal.reduce in goals.REDUCTIONS
-        assert goal.direction == ("at most" if goal.unit in (TIME, MEMORY, MICROSECONDS) else "at least")
+        assert goal.direction == ("at most" if goal.unit in (TIME, MEMORY, MICROSECONDS, PERCENT) else "at least")
 
 
 def test_goal_names_are_different() -> None:
