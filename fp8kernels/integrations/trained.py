@@ -15,9 +15,7 @@ from ..runs.precision import EIGHT_BIT, RECIPE, load_eight_bit, recipe_of
 MODEL = "model"  # of a run's folder
 
 
-def load_trained(
-    folder: Path | str, *, eight_bit: bool = True, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
+def load_trained(folder: Path | str, *, eight_bit: bool = True, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The trained model of a run and its tokenizer, in evaluation mode; 8-bit layers as they were trained.
 
     folder     a run's folder, its model/, or any folder with a causal LM: that one has no recipe and stays plain

@@ -12,6 +12,7 @@ from torch import nn
 from ...probe.items import Item, read_items
 from ...recipe import Recipe
 from ...runs.precision import recipe_of
+from ...telemetry.saturation import SaturationWatch
 from .arguments import training_arguments
 from .blocks import Blocks
 from .config import Config
@@ -21,6 +22,7 @@ from .labels import check_shift
 from .order import Ordered
 from .ranks import world
 from .start import add_adapters, build_plain, make_eight_bit
+from .watch import saturation_watch
 
 SHIFT_ROWS = 1  # sequences that the label shift is checked on
 
@@ -31,6 +33,7 @@ class Prepared:
 
     layers  the names of the 8-bit layers
     items   of the probe
+    watch   the detector of saturation, on the model already
     """
 
     config: Config
@@ -42,6 +45,7 @@ class Prepared:
     train: Ordered
     layers: list[str]
     items: list[Item]
+    watch: SaturationWatch | None
 
     def reports(self) -> dict[str, Any]:
         """What the data are, for run.json."""
@@ -63,7 +67,9 @@ def prepare(config: Config, staging: Path) -> Prepared:
     """
     recipe = recipe_of(config.recipe, config.recipe_changes)
     check_warm_up(recipe, config.steps)
-    items = list(read_items(config.probe.items)) if config.probe else []
+    items = read_items(config.probe.items) if config.probe else []
+    if config.probe and config.probe.policy == "fallback" and recipe is None:
+        raise ValueError("probe.policy='fallback' needs 8-bit layers to fall back from, and recipe is null")
     arguments = training_arguments(config, staging, validates=bool(config.data.validation or config.data.hold_out))
     model, tokenizer = build_plain(config, lambda: _texts(config))
     data = load_data(
@@ -83,7 +89,8 @@ def prepare(config: Config, staging: Path) -> Prepared:
     check_shift(model, nn.utils.rnn.pad_sequence(rows, batch_first=True))
     layers = make_eight_bit(model, recipe)
     model = add_adapters(model, config.lora)
-    return Prepared(config, recipe, arguments, model, tokenizer, data, order, layers, items)
+    watch = saturation_watch(model, config.saturation)
+    return Prepared(config, recipe, arguments, model, tokenizer, data, order, layers, items, watch)
 
 
 def check_warm_up(recipe: Recipe | None, steps: int) -> None:

@@ -17,7 +17,7 @@ from ..tokens import byte_tokenizer
 from .config import Config, LoraSettings, ModelSettings
 
 
-def build_plain(config: Config, texts: Any) -> tuple[nn.Module, Any]:
+def build_plain(config: Config, texts: Any) -> tuple[Any, Any]:
     """The model and its tokenizer, in high precision.
 
     texts   a function that gives the training texts: a model by its size learns its tokenizer from them

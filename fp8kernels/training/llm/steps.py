@@ -47,7 +47,7 @@ def take_steps(
         tokenizer=prepared.tokenizer,
     )
     recorder, ending = Recorder(run, baseline, trainer.tokens), Ending()
-    saturation = Saturation(run, config.saturation, prepared.model, ending)
+    saturation = Saturation(run, prepared.watch, ending)
     keeper = Keeper(run, folder, recorder, saturation, keep=config.keep, adapters=config.lora is not None)
     progress = ProgressLine(recorder, every=config.log_every)
     before: list[TrainerCallback] = [recorder, saturation, ending]  # the probe's numbers belong to the recorder's row

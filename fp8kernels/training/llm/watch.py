@@ -13,29 +13,30 @@ from ...nn.step import layers
 from ...probe.forgetting import ForgettingError
 from ...probe.items import Item
 from ...runs import Run
+from ...telemetry.saturation import SaturationWatch
 from .config import ProbeSettings, SaturationSettings
 from .ending import Ending
 
 
-class Saturation(TrainerCallback):
-    """Writes what a SaturationWatch has measured, and ends the run where it says so.
+def saturation_watch(model: nn.Module, settings: SaturationSettings) -> SaturationWatch | None:
+    """The detector of a configuration; None for a model without 8-bit layers, or where it never looks.
 
     raises   ValueError for options that SaturationWatch does not take
     """
+    if not settings.every or not layers(model):
+        return None
+    try:
+        return SaturationWatch(model, every=settings.every, policy=settings.policy, raising=False, **settings.options)
+    except TypeError as error:
+        raise ValueError(f"saturation.options: {error}") from None
 
-    def __init__(self, run: Run | None, settings: SaturationSettings, model: nn.Module, ending: Ending) -> None:
-        self.run, self.ending = run, ending
+
+class Saturation(TrainerCallback):
+    """Writes what a SaturationWatch has measured, and ends the run where it says so."""
+
+    def __init__(self, run: Run | None, detector: SaturationWatch | None, ending: Ending) -> None:
+        self.run, self.detector, self.ending = run, detector, ending
         self.state_before: dict[str, Any] | None = None
-        self.detector: Any = None
-        if settings.every and layers(model):
-            from ...telemetry.saturation import SaturationWatch
-
-            try:
-                self.detector = SaturationWatch(
-                    model, every=settings.every, policy=settings.policy, raising=False, **settings.options
-                )
-            except TypeError as error:
-                raise ValueError(f"saturation.options: {error}") from None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """A checkpoint is in the model by now."""
