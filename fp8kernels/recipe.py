@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from types import EllipsisType
+from typing import Any, TypeAlias
 
 from .formats import get_format
 from .kernels.quantize import carrier
@@ -18,6 +19,7 @@ POLICIES = ("warn", "raise", "fallback", "ignore")
 DELAYED_HEAD_ROOM = 1.5  # times the amax of past steps that a carrier of delayed scaling still holds, at least
 STRAIGHT_THROUGH = ("plain", "clipped")
 ROUTES = ("auto", "carrier", "exact")
+Override: TypeAlias = "Recipe | EllipsisType | None"
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class Recipe:
     straight_through  the gradient of rounding x and w: "plain" is 1 everywhere, "clipped" is 0 where |x| lies beyond
                   the largest value (or the clamp) times the scale, and 1 elsewhere. Scales from the tensor itself
                   clip nothing
-    overrides     (name pattern, Recipe or None) pairs, the first match wins; None leaves the layer as it is. A pattern
-                  is a glob on the full layer name, or a regular expression behind "re:"
+    high_precision_blocks  how many of the model's first and last blocks stay as they are, whatever overrides say
+    overrides     (name pattern, Recipe, None or ...) pairs, the first match wins; None leaves the layer as it is, and
+                  ... takes this recipe itself, as where nothing matches. A pattern is a glob on the full layer name, or
+                  a regular expression behind "re:"
     alarm         when a saturating layer is reported
     """
 
@@ -128,7 +132,8 @@ class Recipe:
     warmup_steps: int = 0
     interval: int = 1
     straight_through: str = "plain"
-    overrides: tuple[tuple[str, Recipe | None], ...] = ()
+    high_precision_blocks: tuple[int, int] = (0, 0)
+    overrides: tuple[tuple[str, Override], ...] = ()
     alarm: Alarm = field(default_factory=Alarm)
 
     def __post_init__(self) -> None:
@@ -140,6 +145,10 @@ class Recipe:
             )
         if self.straight_through not in STRAIGHT_THROUGH:
             raise ValueError(_unknown("straight_through", self.straight_through, STRAIGHT_THROUGH))
+        blocks = self.high_precision_blocks
+        if len(blocks) != 2 or any(not isinstance(n, int) or n < 0 for n in blocks):
+            raise ValueError(f"high_precision_blocks={blocks}: two numbers of blocks, the first ones and the last ones")
+        object.__setattr__(self, "high_precision_blocks", tuple(blocks))  # a list, where it was read from a file
         if not 0 < self.decay < 1:
             raise ValueError(f"decay={self.decay} must be between 0 and 1")
         for pattern, _ in self.overrides:
@@ -157,7 +166,7 @@ class Recipe:
                 raise TypeError(_unknown("recipe field", name, names))
         return replace(self, **changes)
 
-    def with_override(self, pattern: str, recipe: Recipe | None) -> Recipe:
+    def with_override(self, pattern: str, recipe: Override) -> Recipe:
         """The same recipe, but layers whose name matches get another one, or None: stay as they are."""
         return replace(self, overrides=((pattern, recipe), *self.overrides))
 
@@ -189,8 +198,13 @@ class Recipe:
         """The recipe of a layer, and the override pattern that decided it (None if none did)."""
         for pattern, recipe in self.overrides:
             if matches(pattern, name):
-                return (None if recipe is None else recipe.replace(overrides=())), pattern
-        return self.replace(overrides=()), None
+                own = self if isinstance(recipe, EllipsisType) else recipe
+                return (None if own is None else own.alone()), pattern
+        return self.alone(), None
+
+    def alone(self) -> Recipe:
+        """The same recipe for one layer, without what says which layers of a model it is for."""
+        return self.replace(overrides=(), high_precision_blocks=(0, 0))
 
     def roles(self) -> tuple[Role | None, Role | None, Role | None]:
         """Input, weight and gradient, in the order of the state's rows."""
@@ -239,14 +253,32 @@ def _unknown(what: str, name: object, known: Any) -> str:
 
 
 HEADS = (("*lm_head", None), ("lm_head", None))  # output heads cost accuracy out of proportion; every peer keeps them
+MLPS = (  # what the linear layers of MLPs are called; routers of experts and attention have names of the same form
+    *((name, None) for name in ("*.gate", "*router*", "*.shared_expert_gate", "*attention.output.dense")),
+    *((f"*.{name}.*", ...) for name in ("mlp", "feed_forward", "ffn", "experts", "DenseReluDense")),
+    *((f"*.{name}", ...) for name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "wi", "wi_0", "wi_1")),
+    *((f"*.{name}", ...) for name in ("linear1", "linear2", "intermediate.dense", "output.dense")),
+    ("*", None),
+)
 
 HIF8_QAT = Recipe("hif8-qat", Role("hif8"), Role("hif8"), overrides=HEADS)
+HIF8_QAT_MLP = Recipe(  # as published for openPangu-Embedded-1B: blocks 3 to 23 of 26. source  arXiv 2605.26189
+    "hif8-qat-mlp",
+    Role("hif8", target=15.0),
+    Role("hif8", target=15.0),
+    Role("hif8", target=15.0),
+    algorithm="max",
+    window=64,
+    warmup_steps=500,
+    high_precision_blocks=(3, 2),
+    overrides=MLPS,
+)
 E4M3_DELAYED = Recipe("e4m3-delayed", Role("e4m3"), Role("e4m3"), overrides=HEADS)
 E4M3_ROW = Recipe("e4m3-row", Role("e4m3", "current", "row"), Role("e4m3", "current", "row"), overrides=HEADS)
 E4M3_BLOCK128 = Recipe(
     "e4m3-block128", Role("e4m3", "current", "1x128"), Role("e4m3", "current", "128x128"), overrides=HEADS
 )
-RECIPES = {recipe.name: recipe for recipe in (HIF8_QAT, E4M3_DELAYED, E4M3_ROW, E4M3_BLOCK128)}
+RECIPES = {recipe.name: recipe for recipe in (HIF8_QAT, HIF8_QAT_MLP, E4M3_DELAYED, E4M3_ROW, E4M3_BLOCK128)}
 
 
 def get_recipe(recipe: Recipe | str | object) -> Recipe:

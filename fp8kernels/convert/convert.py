@@ -18,13 +18,12 @@ from ..nn.state import Family, ScaledLayer, copies
 from ..nn.step import layers, unwatch, watch
 from ..recipe import Recipe, get_recipe
 from ..scaling.delayed import PREFIX, is_state
+from .blocks import ORIGINAL
 from .decide import CONVERTED, REPLACEMENTS, Decision, Filter, decide
 from .fuse import Fusion, plan_fusion
 from .fuse import fuse as carry_out
 
 Model = TypeVar("Model", bound=nn.Module)
-
-ORIGINAL = "_fp8_original"  # the class a converted layer had
 
 
 def convert(
@@ -47,8 +46,9 @@ def convert(
              first commit (ranks that hold the same layers, see nn/ranks.py)
     verbose  print what was converted, and why the rest was not
     returns  the model
-    raises   ValueError if nothing can be converted (with the reasons) or the recipe is unknown; TypeError if this is no
-             module. A model that is converted already is left as it is, and the table says so
+    raises   ValueError if nothing can be converted (with the reasons), the recipe is unknown or its
+             high_precision_blocks do not fit the model; TypeError if this is no module. A model that is converted
+             already is left as it is, and the table says so
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, this is {type(model).__name__}")

@@ -14,6 +14,7 @@ from ..ops.check import FLOATS
 from ..recipe import Recipe, Role, matches
 from ..scaling.block import get_block
 from . import adapters
+from .blocks import high_precision_blocks
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -47,14 +48,17 @@ class Decision:
 def decide(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list[Decision]:
     """A decision for every layer that could be 8-bit, in the order of `named_modules`.
 
-    keep   filter (module, name) -> bool; False leaves the layer as it is
+    keep     filter (module, name) -> bool; False leaves the layer as it is
+    raises   ValueError where the recipe's high_precision_blocks do not fit the model
     """
+    blocks = high_precision_blocks(model, *recipe.high_precision_blocks)
     out: list[Decision] = []
     plain_attention: set[int] = set()  # out-projections of attention that stays: its forward goes past the layer
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
-        decision = decide_layer(name, module, recipe, keep, adapters.origin(model, name))
+        stays = next((reason for prefix, reason in blocks.items() if f"{name}.".startswith(prefix)), None)
+        decision = decide_layer(name, module, recipe, keep, adapters.origin(model, name), stays)
         if id(module) in plain_attention:
             decision = Decision(name, module, None, "its MultiheadAttention is not converted, and goes past it")
         if isinstance(module, nn.MultiheadAttention) and decision.recipe is None and decision.reason != CONVERTED:
@@ -64,9 +68,14 @@ def decide(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list
 
 
 def decide_layer(
-    name: str, module: nn.Module, recipe: Recipe, keep: Filter | None, origin: adapters.Origin | None = None
+    name: str,
+    module: nn.Module,
+    recipe: Recipe,
+    keep: Filter | None,
+    origin: adapters.Origin | None = None,
+    stays: str | None = None,
 ) -> Decision:
-    """The decision for one layer."""
+    """The decision for one layer; `stays` is why the place where it stands is left alone."""
     origin = origin or adapters.Origin(name)
     if isinstance(module, scaled.ScaledLayer):
         return Decision(name, module, None, CONVERTED)
@@ -77,6 +86,8 @@ def decide_layer(
         )
     if keep is not None and not keep(module, name):
         return Decision(name, module, None, "excluded by the filter")
+    if stays is not None:
+        return Decision(name, module, None, stays)
     own, pattern = recipe.for_layer(origin.name)
     if own is None:
         return Decision(name, module, None, f"the recipe leaves {pattern!r} as it is")

@@ -32,7 +32,7 @@ class Linear(ScaledLayer, nn.Linear):
         recipe: Recipe | str = "hif8-qat",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.attach(get_recipe(recipe).replace(overrides=()))
+        self.attach(get_recipe(recipe).alone())
 
     def forward(self, x: Tensor) -> Tensor:
         return (scaled_linear if self.fp8_on else high_linear)(self, x, self.weight, self.bias)

@@ -208,7 +208,9 @@ def _units(decisions: list[Decision]) -> dict[str, list[nn.Module]]:
 
 
 def _without_warmup(recipe: Recipe) -> Recipe:
-    overrides = tuple((name, own and _without_warmup(own)) for name, own in recipe.overrides)
+    overrides = tuple(
+        (name, _without_warmup(own) if isinstance(own, Recipe) else own) for name, own in recipe.overrides
+    )
     return recipe.replace(warmup_steps=0, overrides=overrides)
 
 

@@ -222,6 +222,14 @@ def test_a_tensor_without_elements() -> None:
     assert torch.equal(net.fp8_counters[INPUT], before[INPUT])
 
 
+def test_micro_batches_enter_as_their_maximum() -> None:
+    net = layer(recipe())
+    x, _ = batch()
+    net(2 * x)
+    net(x)
+    assert net.fp8_pending[INPUT] == 2 * x.abs().max()
+
+
 def test_margin_is_head_room_below_the_cut() -> None:
     net = layer(recipe(margin=1))
     x = torch.zeros(1, K)

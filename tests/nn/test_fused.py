@@ -10,13 +10,14 @@ import torch
 from fusions import handed
 from intervals import act_gradients, norm_gradients, rounded
 from nn.blocks import Block, Heads
+from recipes import ANYWHERE
 from tolerance import bounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fp8kernels
-from fp8kernels import RECIPES, Recipe, convert, get_recipe, revert
+from fp8kernels import Recipe, convert, get_recipe, revert
 from fp8kernels.kernels.compiled import EMULATED
 from fp8kernels.kernels.norm_quantize import Norm
 from fp8kernels.kernels.triton_jit import INTERPRETED
@@ -67,7 +68,7 @@ def same(a: nn.Module, b: nn.Module, *, but: str = "-") -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
-    [(recipe, torch.float32) for recipe in [*RECIPES, "hif8 gradients", "power of two"]]
+    [(recipe, torch.float32) for recipe in [*ANYWHERE, "hif8 gradients", "power of two"]]
     + [(recipe, torch.bfloat16) for recipe in ("hif8-qat", "e4m3-row")],
 )
 def test_training_is_the_same_to_the_bit(kind: type[nn.Module], recipe: str, dtype: torch.dtype) -> None:
@@ -96,7 +97,7 @@ def test_the_kernels_are_those_that_this_process_is_for() -> None:
 
 @pytest.mark.usefixtures("one_kernel")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ANYWHERE)
 def test_one_kernel_gives_the_same_codes(kind: type[nn.Module], recipe: str) -> None:
     """In fp32 the composed kernels are torch's own norm and activation: the forward and the state are the same."""
     fused, plain = model(kind, recipe), model(kind, recipe, fuse=False)

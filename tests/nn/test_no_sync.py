@@ -15,6 +15,7 @@ import pytest
 import torch
 from fusions import handed
 from nn.blocks import Block, Heads
+from recipes import ANYWHERE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -98,13 +99,15 @@ def test_the_watch_sees(wait: Callable[[Tensor], object]) -> None:
         wait(x)
 
 
-ROLE = Role("hif8", route="carrier")
+ROLE, CUT = Role("hif8", route="carrier"), Role("hif8", clamp=True)
 CASES: dict[str, Recipe] = {
-    **{name: get_recipe(name) for name in fp8kernels.RECIPES},
+    **ANYWHERE,
     "hif8 gradients": get_recipe("hif8-qat").with_format(grad="hif8"),
     "e4m3-row, e5m2 gradients": get_recipe("e4m3-row").with_format(grad="e5m2"),
     "moving average": get_recipe("hif8-qat").replace(algorithm="moving_average", power_of_two=True),
     "static": get_recipe("hif8-qat").frozen(),
+    "interval": get_recipe("hif8-qat").replace(interval=2),
+    "clamp": Recipe("clamp", CUT, CUT, CUT, straight_through="clipped"),
     "carrier": Recipe("carrier", ROLE, ROLE, ROLE),
 }
 
