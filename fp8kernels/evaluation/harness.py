@@ -58,10 +58,6 @@ def ask(lm: Any, task: Task, *, key: str, limit: int | None = None) -> Answers:
     documents, versions, shots = [], set(), task.shots
     with quiet() as kept:
         for name, part in task.parts.items():
-            if part.get_config("num_fewshot") is None or (
-                task.shots is not None and part.get_config("num_fewshot") != 0
-            ):
-                part.set_config(key="num_fewshot", value=task.shots or 0)  # a task that says 0 cannot have any
             part.set_fewshot_seed(seed=SEED)
             try:
                 found = evaluate(lm, {"tasks": {name: part}}, limit=limit, bootstrap_iters=0)

@@ -157,8 +157,8 @@ def autocast_dtype(model: Any) -> torch.dtype | None:
 
 
 def _is_delayed(recipe: Recipe) -> bool:
-    everywhere = (recipe, *(other for _, other in recipe.overrides if other is not None))
-    return any(r is not None and r.scaling != "current" for one in everywhere for r in (one.input, one.weight))
+    everywhere = (recipe, *(other for _, other in recipe.overrides if isinstance(other, Recipe)))
+    return any(r.scaling != "current" for one in everywhere for r in (one.input, one.weight))
 
 
 def _files(folder: Path) -> list[Path]:

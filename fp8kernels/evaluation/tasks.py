@@ -70,6 +70,10 @@ class Catalogue:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _no_data(name, entry, manager, error) from None
         wanted = SHOTS.get(name) if shots is None else shots
+        for part in loaded["tasks"].values():
+            given = part.get_config("num_fewshot")
+            if given is None or (wanted is not None and given != 0):  # a task that says 0 cannot have any
+                part.set_config(key="num_fewshot", value=wanted or 0)
         return Task(name, dict(loaded["tasks"]), wanted)
 
     def local(self) -> list[str]:

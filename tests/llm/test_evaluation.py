@@ -1,0 +1,550 @@
+"""lm-eval's answers against sums done by hand, pairs, what is kept on disk, and what a user's mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llm import common
+from typer.testing import CliRunner
+
+from fp8kernels.cli import app
+from fp8kernels.evaluation import (
+    Questions,
+    Subject,
+    compare,
+    evaluate,
+    harness,
+    loss_curve,
+    open_subject,
+    reference_of,
+    tasks,
+    write_items_task,
+    write_text_task,
+)
+from fp8kernels.evaluation import answers as keeping
+from fp8kernels.evaluation.answers import Answers, Document, match
+from fp8kernels.evaluation.compare import choose_metric, detectable_drop, score, with_holm
+from fp8kernels.evaluation.local import blocks
+from fp8kernels.evaluation.tasks import Catalogue, parse_metrics, parse_shots
+from fp8kernels.nn.step import layers
+from fp8kernels.probe import Item, write_items
+from fp8kernels.probe import score as ask_items
+from fp8kernels.runs import Run
+from fp8kernels.runs.curve import unmatched
+from fp8kernels.training.llm import train
+
+pytest.importorskip("lm_eval")
+
+NAMES, THINGS = ("Ada", "Bruno", "Clara", "Dmitri", "Esme"), (" maps", " clocks", " lenses", " ropes", " bells")
+NEW_TOKENS = 4
+
+
+def items() -> list[Item]:
+    choices = [Item(f"{NAMES[i % 5]} sells{' ' * (i % 2)}", THINGS[: 2 + i % 4], i % 2) for i in range(20)]
+    return choices + [
+        Item(f"{name} sells maps on", (word,), 0, "cloze") for name in NAMES for word in (" day", " d", "e")
+    ]
+
+
+def task_file(folder: Path, name: str, rows: list[dict[str, Any]], **config: Any) -> None:
+    """A task of one's own, its data beside it and named relative to it."""
+    import yaml
+
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {"task": name, "dataset_path": "json", "test_split": "test", "metadata": {"version": 2.0}}
+    data = {"dataset_kwargs": {"data_files": {"test": f"{name}.jsonl", "train": f"{name}.jsonl"}}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | data | config), encoding="utf-8")
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str) -> str:
+    """What the model writes after a prompt, one token after another, without a cache."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(NEW_TOKENS):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+def first_word(text: str) -> str:
+    found = re.findall(r"(\S+)", text)
+    return found[0] if found else "[invalid]"
+
+
+@pytest.fixture(scope="module")
+def exact() -> tuple[Any, Any]:
+    """A model in fp64, so that batches and padding change no answer."""
+    torch.set_grad_enabled(False)
+    yield common.model().double().eval(), common.tokenizer()
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, exact: tuple[Any, Any]) -> Path:
+    """Three kinds of tasks: multiple choice, generation with an exact match as in GSM8K, and text."""
+    path = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": f"{NAMES[i % 5]} sells", "c": [t.strip() for t in THINGS], "a": i % 5} for i in range(15)]
+    rows = [row | {"q": f"{row['q']} {i}"} for i, row in enumerate(rows)]
+    metric = {"aggregation": "mean", "higher_is_better": True}
+    task_file(
+        path,
+        "things",
+        rows,
+        output_type="multiple_choice",
+        doc_to_text="{{q}}",
+        doc_to_choice="{{c}}",
+        doc_to_target="{{a}}",
+        metric_list=[{"metric": "acc"} | metric, {"metric": "acc_norm"} | metric],
+    )
+    sums = [f"Q: {i} and {i + 1}? A:" for i in range(8)]
+    written = [first_word(greedy(*exact, prompt)) for prompt in sums]
+    task_file(
+        path,
+        "sums",
+        [
+            {"q": q, "a": f"so #### {w if i % 2 else 'other'}"}
+            for i, (q, w) in enumerate(zip(sums, written, strict=True))
+        ],
+        output_type="generate_until",
+        doc_to_text="{{q}}",
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["\n\n\n"], "do_sample": False, "max_gen_toks": NEW_TOKENS},
+        metric_list=[{"metric": "exact_match", "regexes_to_ignore": ["(?s).*#### "]} | metric],
+        filter_list=[
+            {
+                "name": "strict-match",
+                "filter": [{"function": "regex", "regex_pattern": r"(\S+)"}, {"function": "take_first"}],
+            },
+            {
+                "name": "never",
+                "filter": [{"function": "regex", "regex_pattern": "#### (x{99})"}, {"function": "take_first"}],
+            },
+        ],
+    )
+    (path / "prose.txt").write_text("\n".join(common.texts(12)), encoding="utf-8")
+    write_text_task(path / "prose.txt", path, "prose")
+    assert write_items_task(items(), path, "exam") == ["exam", "exam_cloze"]
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(folder: Path, exact: tuple[Any, Any]) -> dict[str, Answers]:
+    catalogue, lm = Catalogue([folder]), harness.language_model(*exact, batch=4)
+    return {name: harness.ask(lm, catalogue.find(name), key="k") for name in catalogue.local()}
+
+
+def values(answers: Answers, metric: str) -> list[Any]:
+    return [document.values[metric] for document in answers.documents]
+
+
+def log_likelihood(model: Any, ids: list[int], start: int) -> float:
+    """Of the tokens from `start` on, each after those before it, nats."""
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids)))
+
+
+def test_multiple_choice_is_what_a_sum_by_hand_gives(asked: dict[str, Answers], folder: Path, exact: Any) -> None:
+    model, tokenizer = exact
+    plain, normal = [], []
+    for line in (folder / "things.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start = len(tokenizer(row["q"])["input_ids"])
+        logs = [log_likelihood(model, tokenizer(f"{row['q']} {choice}")["input_ids"], start) for choice in row["c"]]
+        plain.append(float(np.argmax(logs) == row["a"]))
+        normal.append(float(np.argmax([value / len(c) for value, c in zip(logs, row["c"], strict=True)]) == row["a"]))
+    assert values(asked["things"], "acc") == plain
+    assert values(asked["things"], "acc_norm") == normal
+    assert 0 < sum(normal) < len(normal), "the test needs both right and wrong answers"
+    assert asked["things"].version == "2.0" and asked["things"].shots == 0
+
+
+def test_generation_is_what_greedy_decoding_by_hand_gives(asked: dict[str, Answers]) -> None:
+    assert values(asked["sums"], "exact_match,strict-match") == [float(i % 2) for i in range(8)]
+    assert values(asked["sums"], "exact_match,never") == [0.0] * 8
+    assert choose_metric(asked["sums"]) == "exact_match,strict-match", "the task's first filter counts"
+
+
+def test_text_is_the_sum_of_all_its_tokens(asked: dict[str, Answers], folder: Path, exact: Any) -> None:
+    model, tokenizer = exact
+    pieces = blocks((folder / "prose.txt").read_text())
+    for piece, (nats, size) in zip(pieces, values(asked["prose"], "bits_per_byte"), strict=True):
+        ids = tokenizer(piece)["input_ids"]
+        total = 0.0
+        led = [tokenizer.bos_token_id, *ids]
+        for at in range(
+            1, len(led), common.CONTEXT
+        ):  # windows that predict each token once; the last looks back further
+            end = min(at + common.CONTEXT, len(led))
+            begin = max(0, end - common.CONTEXT - 1)
+            total += log_likelihood(model, led[begin:end], at - begin)
+        assert size == len(piece.encode())
+        assert nats == pytest.approx(total, rel=1e-5)
+
+
+def test_items_get_the_same_answers_from_the_probe_and_from_lm_eval(asked: dict[str, Answers], exact: Any) -> None:
+    found = ask_items(*exact, items())
+    of_kind = {
+        kind: [right for right, item in zip(found.correct, items(), strict=True) if item.kind == kind]
+        for kind in ("choice", "cloze")
+    }
+    assert [bool(v) for v in values(asked["exam"], "acc_norm")] == of_kind["choice"]
+    assert [bool(v) for v in values(asked["exam_cloze"], "acc")] == of_kind["cloze"]
+    assert 0 < sum(of_kind["choice"]) < 20
+
+
+def test_blocks_hold_the_whole_text_and_end_with_lines() -> None:
+    text = "".join(f"line {n}\n" for n in range(100)) + "x" * 300
+    pieces = blocks(text, 128)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 128 for piece in pieces)
+    assert all(piece.endswith("\n") for piece in pieces if "line" in piece)
+    assert blocks("\n \n") == []
+
+
+def made(rights: list[Any], metric: str = "acc", part: str = "t", task: str = "t") -> Answers:
+    documents = tuple(Document(part, n, f"s{n}", {metric: value}) for n, value in enumerate(rights))
+    return Answers(task, "k", None, "1", documents)
+
+
+def test_pairs_are_found_by_document_and_not_by_order() -> None:
+    first, second = made([1, 0, 1, 1]), made([1, 1, 0, 1])
+    shuffled = dataclasses.replace(second, documents=second.documents[::-1])
+    assert compare(first, shuffled) == compare(first, second)
+    assert [(a.number, b.number) for a, b in match(first, shuffled)] == [(n, n) for n in range(4)]
+
+
+def test_other_documents_are_refused() -> None:
+    first = made([1, 0, 1])
+    with pytest.raises(ValueError, match=r"3 and 2 documents .* 1 of them by one model only .t 2."):
+        compare(first, made([1, 0]))
+    changed = dataclasses.replace(first.documents[1], stamp="other")
+    with pytest.raises(ValueError, match=r"1 of 3 documents are not the same for both models .t 1."):
+        compare(first, dataclasses.replace(first, documents=(first.documents[0], changed, first.documents[2])))
+    with pytest.raises(ValueError, match="answered twice"):
+        compare(first, dataclasses.replace(first, documents=first.documents + first.documents[:1]))
+
+
+def test_a_comparison_is_what_a_sum_by_hand_gives() -> None:
+    a, b = [1] * 40 + [0] * 20 + [1] * 5 + [0], [1] * 40 + [0] * 20 + [0] * 5 + [1]
+    found = compare(made(a), made(b))
+    assert (found.first, found.second) == (45 / 66, 41 / 66)
+    assert found.drop == pytest.approx(4 / 66) and found.relative_drop == pytest.approx(4 / 45)
+    assert found.p_value == pytest.approx(2 * (1 + 6) / 2**6), "5 against 1: McNemar's exact test"
+    assert (found.only_first, found.only_second, found.items) == (5, 1, 66)
+    assert found.low < found.drop < found.high
+    variance = 45 * 21 / 66**2 + 41 * 25 / 66**2
+    assert found.unpaired_standard_error == pytest.approx(math.sqrt(variance / 66))
+    assert found.high - found.low < 2 * 1.96 * found.unpaired_standard_error, "pairs say more than strangers do"
+    assert found.detectable_drop is not None and found.drop < found.detectable_drop < 1
+    assert choose_metric(made(a)) == "acc"
+
+
+def test_p_values_are_corrected_for_the_number_of_tasks() -> None:
+    first = compare(made([1] * 30, task="a"), made([1] * 20 + [0] * 10, task="a"))
+    second = compare(made([1] * 30, task="b"), made([1] * 29 + [0], task="b"))
+    other = compare(made([[-3.0, 2]] * 4, "bits_per_byte"), made([[-3.0, 2]] * 4, "bits_per_byte"))
+    corrected = with_holm([first, other, second])
+    assert [c.p_holm for c in corrected] == [2 * first.p_value, None, 1.0]
+
+
+def test_what_few_items_could_show() -> None:
+    assert detectable_drop(5, 0) == math.inf, "six must differ before the exact test finds anything"
+    drops = [detectable_drop(n, n // 10) for n in (100, 1000, 10_000)]
+    assert drops == sorted(drops, reverse=True) and drops[-1] == pytest.approx(0.00886, rel=0.01)
+    assert detectable_drop(1000, 0) < detectable_drop(1000, 200)
+
+
+def test_losses_are_compared_in_bits_per_byte() -> None:
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(100, 200, 50)
+    nats = sizes * generator.uniform(0.5, 2.0, 50)
+    worse = nats * 1.01
+    rows = [[[-float(n), int(s)] for n, s in zip(side, sizes, strict=True)] for side in (nats, worse)]
+    found = compare(made(rows[0], "bits_per_byte"), made(rows[1], "bits_per_byte"))
+    assert found.unit == "bits per byte" and found.p_value is None
+    assert found.first == pytest.approx(nats.sum() / sizes.sum() / math.log(2))
+    assert found.drop == pytest.approx(found.second - found.first) and found.relative_drop == pytest.approx(0.01)
+    assert 0 < found.low < found.drop < found.high
+    assert found.high - found.low < found.unpaired_standard_error, "the blocks differ far more than the models"
+    alone = score(made(rows[0], "bits_per_byte"))
+    assert alone.value == pytest.approx(found.first) and alone.items == 50
+
+
+def test_the_metric_can_be_chosen_and_must_exist(asked: dict[str, Answers]) -> None:
+    assert compare(asked["things"], asked["things"], metric="acc").metric == "acc"
+    assert choose_metric(asked["things"]) == "acc_norm"
+    with pytest.raises(ValueError, match=r"task 'things' has no metric 'f1'; it has acc, acc_norm"):
+        compare(asked["things"], asked["things"], metric="f1")
+    assert parse_metrics(["a=acc"]) == {"a": "acc"} and parse_shots(["5", "mmlu=2"]) == (5, {"mmlu": 2})
+    for word in ("x", "x=", "=y"):
+        with pytest.raises(ValueError, match="task=metric"):
+            parse_metrics([word])
+    with pytest.raises(ValueError, match="give a number"):
+        parse_shots(["mmlu=many"])
+
+
+def test_a_metric_without_right_and_wrong_has_an_interval_and_no_p_value() -> None:
+    found = compare(made([0.5, 0.25, 1.0] * 10, "f1"), made([0.4, 0.25, 1.0] * 10, "f1"))
+    assert found.unit == "f1" and found.p_value is None and found.drop == pytest.approx(0.1 / 3)
+    assert 0 <= found.low < found.drop < found.high
+
+
+def test_shots_are_the_same_for_every_model_and_change_the_questions(folder: Path, exact: Any) -> None:
+    lm, catalogue = harness.language_model(*exact, batch=4), Catalogue([folder])
+    none, one = (catalogue.find("things", shots) for shots in (0, 1))
+    stamps = [[d.stamp for d in harness.ask(lm, task, key="k", limit=4).documents] for task in (one, one, none)]
+    assert stamps[0] == stamps[1] and not set(stamps[0]) & set(stamps[2])
+    assert harness.fingerprint(one, None) != harness.fingerprint(none, None)
+    assert harness.fingerprint(catalogue.find("things", 1), None) == harness.fingerprint(one, None)
+    assert tasks.SHOTS == {"mmlu": 5, "hellaswag": 10, "arc_easy": 25, "arc_challenge": 25, "gsm8k": 5}
+
+
+def test_prompts_that_lose_their_beginning_are_counted(folder: Path, exact: Any, tmp_path: Path) -> None:
+    lm = harness.language_model(*exact, batch=4)
+    write_items_task(
+        [Item("Ada sells maps " * 40, (" maps", " clocks")), Item("Ada", (" maps", " clocks"))], tmp_path, "long"
+    )
+    assert harness.ask(lm, Catalogue([tmp_path]).find("long"), key="k").cut == 1, "both choices share one prompt"
+
+
+def test_a_group_is_one_task_with_its_parts(folder: Path, exact: Any, tmp_path: Path) -> None:
+    write_items_task(items()[:4], tmp_path, "left")
+    write_items_task(items()[4:10], tmp_path, "right")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [left, right]\nmetadata: {version: 1.0}\n")
+    answers = harness.ask(harness.language_model(*exact, batch=4), Catalogue([tmp_path]).find("both"), key="k")
+    found = compare(answers, answers)
+    assert found.items == 10 and found.parts is not None
+    assert {name: part["items"] for name, part in found.parts.items()} == {"left": 4, "right": 6}
+
+
+def test_data_that_are_not_there_are_told_of_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text(
+        "task: far\ndataset_path: nobody/nothing\ndataset_name: small\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: q\ndoc_to_target: a\ndoc_to_choice: [x, y]\n"
+    )
+    task_file(
+        tmp_path, "near", [], output_type="multiple_choice", doc_to_text="q", doc_to_target="a", doc_to_choice=["x"]
+    )
+    (tmp_path / "near.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="nobody/nothing is not on this machine") as error:
+        Catalogue([tmp_path]).find("far")
+    assert all(
+        word in str(error.value)
+        for word in ("HF_HUB_OFFLINE=0", "load_dataset('nobody/nothing', 'small')", "--include")
+    )
+    with pytest.raises(FileNotFoundError, match=r"its data .*near\.jsonl.* are not there"):
+        Catalogue([tmp_path / "near.yaml"]).find("near")
+    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
+        Catalogue([tmp_path / "nowhere"])
+    (tmp_path / "no.yaml").write_text("a: b\n")
+    with pytest.raises(ValueError, match="is no task"):
+        Catalogue([tmp_path / "no.yaml"])
+
+
+@pytest.mark.slow
+def test_the_published_tasks_are_known_by_name() -> None:
+    catalogue = Catalogue()
+    for name in tasks.SHOTS:
+        with pytest.raises(FileNotFoundError, match=rf"task '{name}': its data set .*/.* is not on this machine"):
+            catalogue.find(name)
+    with pytest.raises(ValueError, match=r"no task 'helaswag'.*did you mean 'hellaswag'"):
+        catalogue.find("helaswag")
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'fp8kernels\[eval\]'"):
+        Catalogue()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run in 8 bits and the BF16 run that it names as its baseline."""
+    base = tmp_path_factory.mktemp("runs")
+    model, text = common.model_folder(base / "m"), common.text_file(base)
+    config = {"model": {"path": str(model)}, "data": {"train": str(text), "sequence": 32}, "steps": 4, "batch": 2}
+    config |= {"learning_rate": 1e-3, "warmup_steps": 0}
+    with torch.enable_grad():
+        plain = train(config | {"recipe": None}, base / "bf16")
+        return train(config | {"recipe": "hif8-qat", "baseline": str(plain.path)}, base / "hif8"), plain
+
+
+@pytest.fixture
+def questions(folder: Path, tmp_path: Path) -> Questions:
+    write_items(tmp_path / "quiz.jsonl", items())
+    return Questions(
+        tasks=["things"], include=[folder], items=[tmp_path / "quiz.jsonl"], text=[folder / "prose.txt"], batch=4
+    )
+
+
+def test_a_run_is_compared_with_its_baseline(runs: tuple[Run, Run], questions: Questions, monkeypatch: Any) -> None:
+    run, plain = runs
+    subject, reference = open_subject(run.path), open_subject(reference_of(run) or "")
+    assert reference.path == plain.path and reference.recipe is None
+    assert subject.trained and subject.precision == "hif8-qat, as trained"
+    found = evaluate(subject, reference, questions)
+    assert [c.task for c in found.comparisons] == ["quiz", "things", "text_prose"]
+    quiz, _, prose = found.comparisons
+    assert (quiz.items, quiz.unit, prose.unit) == (35, "accuracy", "bits per byte")
+    assert quiz.p_holm is not None and prose.drop != 0, "8 bits change the loss of a text"
+    assert found.curve is not None and found.curve.steps == 4 and found.warnings == []
+    kept = json.loads((run.path / "eval.json").read_text())
+    assert kept["paired"] is True and kept["tasks"]["quiz"]["answers"].keys() == {"first", "second"}
+    assert len(kept["tasks"]["quiz"]["documents"]) == 35
+    assert kept["loss_curve"]["mean"] == found.curve.mean
+
+    def never(self: Subject) -> Any:
+        raise AssertionError("the answers were there already")
+
+    monkeypatch.setattr(Subject, "load", never)
+    again = evaluate(open_subject(run.path), open_subject(plain.path), questions)
+    assert again.comparisons == found.comparisons
+
+
+def test_what_was_answered_before_a_kill_is_not_asked_again(
+    runs: tuple[Run, Run], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ask = [], harness.ask
+
+    def interrupted(lm: Any, task: Any, **rest: Any) -> Answers:
+        if not asked or asked[-1] == "killed":
+            asked.append(task.name)
+            return ask(lm, task, **rest)
+        asked.append("killed")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "ask", interrupted)
+    subject = open_subject(runs[1].path / "model")
+    plain = dataclasses.replace(subject, run=None)  # a folder: its answers go where the result goes
+    two = Questions(tasks=["exam", "exam_cloze"], include=[folder], batch=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(plain, None, two, out=tmp_path)
+    assert not (tmp_path / "eval.json").exists() and len(list((tmp_path / "answers").iterdir())) == 1
+    found = evaluate(plain, None, two, out=tmp_path)
+    assert asked == ["exam", "killed", "exam_cloze"]
+    assert [s.task for s in found.scores] == ["exam", "exam_cloze"] and found.against is None
+
+
+def test_kept_answers_of_another_model_or_damaged_ones_are_not_taken(tmp_path: Path) -> None:
+    path, answers = tmp_path / "a.json", made([1, 0])
+    keeping.save(answers, path)
+    assert keeping.load(path, "k") == answers
+    assert keeping.load(path, "other") is None and keeping.load(tmp_path / "none.json", "k") is None
+    path.write_text(path.read_text()[:-20])
+    assert keeping.load(path, "k") is None
+
+
+def test_a_models_files_and_its_precision_are_its_key(tmp_path: Path, runs: tuple[Run, Run]) -> None:
+    folder = common.model_folder(tmp_path / "m")
+    before = open_subject(folder).key
+    assert open_subject(folder).key == before
+    assert open_subject(runs[0].path).key != open_subject(runs[0].path, fmt="bf16").key
+    common.model(1).save_pretrained(folder)
+    assert open_subject(folder).key != before
+
+
+def test_precisions(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    run, plain = runs
+    trained, _ = open_subject(run.path).load()
+    assert layers(trained) and all(layer.fp8_on and float(layer.fp8_scale[0]) > 0 for layer in layers(trained))
+    assert layers(open_subject(run.path / "model").load()[0]), "a run's model folder is the run"
+    assert not layers(open_subject(run.path, fmt="bf16").load()[0])
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(common.texts(4)))
+    quantized, _ = open_subject(plain.path, recipe="hif8-qat", calibrate=text).load()
+    assert layers(quantized) and all(float(layer.fp8_scale[0]) > 0 for layer in layers(quantized))
+    assert not quantized.training and not any(layer.training for layer in layers(quantized))
+    assert layers(open_subject(plain.path, recipe="e4m3-row").load()[0]), "scales of the tensor itself need no text"
+
+
+def test_what_cannot_be_evaluated_is_told_of_before_anything_is_loaded(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    run, plain = runs
+    for arguments, error, words in (
+        ((tmp_path / "none",), FileNotFoundError, "is not a folder"),
+        ((run.path, "bf16", "hif8-qat"), ValueError, "give one of them"),
+        ((run.path, None, "hif8-qat"), ValueError, "was trained with 'hif8-qat'"),
+        ((plain.path, None, "hif8-qat"), ValueError, "give text that sets them"),
+        ((plain.path, None, "hif8-qat", tmp_path / "none.txt"), FileNotFoundError, "none.txt is not a file"),
+        ((plain.path, "fp4"), ValueError, "known is 'bf16'"),
+        ((plain.path, None, "hif9"), ValueError, "unknown recipe 'hif9'"),
+    ):
+        names = ("path", "fmt", "recipe", "calibrate")
+        with pytest.raises(error, match=words):
+            open_subject(**dict(zip(names, arguments, strict=False)))  # type: ignore[arg-type]
+    unfinished = Run.create(tmp_path / "unfinished")
+    with pytest.raises(FileNotFoundError, match=r"'running' and has not saved its model.*--resume"):
+        open_subject(unfinished.path)
+    subject = open_subject(plain.path)
+    with pytest.raises(ValueError, match="nothing to ask"):
+        evaluate(subject, None, Questions())
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(ValueError, match="holds no text"):
+        evaluate(subject, None, Questions(text=[empty]))
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        evaluate(subject, None, Questions(text=[binary]))
+    with pytest.raises(ValueError, match="batch=0"):
+        Questions(batch=0)
+    unfinished.update(baseline=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"names the baseline .*gone, which is not there"):
+        reference_of(unfinished)
+
+
+def test_the_curve_of_two_runs_is_what_a_sum_by_hand_gives(tmp_path: Path) -> None:
+    base, other = (
+        Run.create(tmp_path / name, config={"seed": seed, "name": name}) for name, seed in (("b", 1), ("o", 2))
+    )
+    base.append("log", *({"step": n, "loss": 2.0} for n in range(1, 41)))
+    base.append("log", {"step": 41, "loss": None})
+    other.append("log", *({"step": n, "loss": 2.0 + 0.02 * (n % 5 - 1)} for n in range(3, 44)))
+    curve = loss_curve(other, base)
+    assert curve is not None and curve.steps == 38, "steps 3 to 40; a loss that is not finite is no loss"
+    errors = [n % 5 - 1 for n in range(3, 41)]  # percent of 2.0
+    assert curve.mean == pytest.approx(np.abs(errors).mean()) and curve.mean_low < curve.mean < curve.mean_high
+    assert curve.maximum == pytest.approx(3) and curve.maximum_step in range(4, 41, 5)
+    assert curve.bias == pytest.approx(np.mean(errors)) and curve.bias_low < curve.bias < curve.bias_high
+    assert unmatched(other, base) == ["seed: 1 and 2"]
+    assert loss_curve(Run.create(tmp_path / "e"), base) is None
+
+
+def test_the_command(runs: tuple[Run, Run], questions: Questions, folder: Path) -> None:
+    run, plain = runs
+    quiz = str(questions.items[0])
+    done = CliRunner().invoke(app, ["eval", "llm", str(run.path), "--items", quiz, "--batch", "4"])
+    assert done.exit_code == 0, done.output
+    assert all(
+        word in done.output for word in ("quiz", "hif8-qat, as trained", "unpaired", "Training loss over 4 steps")
+    )
+    done = CliRunner().invoke(app, ["eval", "llm", str(run.path), "--format", "bf16", "--items", quiz, "--json"])
+    found = json.loads(done.stdout)
+    assert found["model"]["precision"] == "bf16" and found["tasks"]["quiz"]["items"] == 35
+    assert (run.path / "eval-bf16.json").is_file()
+    alone = CliRunner().invoke(app, ["eval", "llm", str(plain.path), "--items", quiz, "--unpaired"])
+    assert alone.exit_code == 0 and "warning: unpaired scores" in alone.output
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([], "recipe: null"),
+        (["--unpaired"], "nothing to ask"),
+        (["--unpaired", "--items", "none.jsonl"], "none.jsonl"),
+        (["--unpaired", "--tasks", "none.yaml"], "none.yaml is not there"),
+        (["--unpaired", "--shots", "many"], "give a number"),
+        (["--against", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_a_mistake_is_one_line(runs: tuple[Run, Run], words: list[str], told: str) -> None:
+    done = CliRunner().invoke(app, ["eval", "llm", str(runs[1].path), *words])
+    assert done.exit_code == 2
+    assert done.output.startswith("error: ") and told in done.output and "Traceback" not in done.output
