@@ -101,8 +101,14 @@ def training_arguments(config: Config, folder: Path, *, validates: bool) -> Any:
     if config.validate_every:
         values["eval_steps"] = config.validate_every
     if config.fsdp:
-        values |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        values |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
     try:
         return TrainingArguments(**(values | config.trainer))
     except (TypeError, ValueError) as error:
         raise ValueError(f"transformers refuses the settings: {error}") from None
+
+
+def shards(arguments: Any) -> bool:
+    """Whether accelerate shards a model over these processes; on CPUs it keeps whole copies and says nothing."""
+    kind = arguments.distributed_state.distributed_type.name
+    return kind not in ("NO", "MULTI_CPU")

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...export.atomic import staged_folder
+from ...nn.dtensor import is_dtensor
 from ...runs.precision import EIGHT_BIT, RECIPE, save_eight_bit
 from ...scaling.delayed import without_state
+from .ranks import rank
 
 ADAPTER = "adapter"
 
@@ -21,9 +24,7 @@ def save_trained(trainer: Any, tokenizer: Any, folder: Path, recipe: dict[str, A
     Weights are those that the optimizer stepped, in their dtype. Adapters are merged into the weights, and lie in
     adapter/ as well.
     """
-    import torch
-
-    state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, under FSDP
+    state = gathered(trainer.accelerator.unwrap_model(trainer.model))
     if not trainer.is_world_process_zero():
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -39,3 +40,15 @@ def save_trained(trainer: Any, tokenizer: Any, folder: Path, recipe: dict[str, A
         tokenizer.save_pretrained(staged)
         if save_eight_bit(state, staged / EIGHT_BIT):
             (staged / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state_dict on the first process, shards put together one by one; every process must ask."""
+    out = {}
+    for name, value in model.state_dict().items():
+        whole: Any = value
+        if is_dtensor(value):
+            whole = whole.full_tensor()
+        if rank() == 0:
+            out[name] = whole.detach().cpu() if is_dtensor(value) else whole
+    return out

@@ -13,7 +13,7 @@ from ...probe.items import Item, read_items
 from ...recipe import Recipe
 from ...runs.precision import recipe_of
 from ...telemetry.saturation import SaturationWatch
-from .arguments import training_arguments
+from .arguments import shards, training_arguments
 from .blocks import Blocks
 from .config import Config
 from .data import Data, load_data
@@ -39,10 +39,10 @@ class Prepared:
     config: Config
     recipe: Recipe | None
     arguments: Any
+    train: Ordered
     model: Any
     tokenizer: Any
     data: Data
-    train: Ordered
     layers: list[str]
     items: list[Item]
     watch: SaturationWatch | None
@@ -71,6 +71,11 @@ def prepare(config: Config, staging: Path) -> Prepared:
     if config.probe and config.probe.policy == "fallback" and recipe is None:
         raise ValueError("probe.policy='fallback' needs 8-bit layers to fall back from, and recipe is null")
     arguments = training_arguments(config, staging, validates=bool(config.data.validation or config.data.hold_out))
+    if config.fsdp and not shards(arguments):
+        raise ValueError(
+            f"fsdp: accelerate does not shard over {world()} process(es) on {arguments.device.type}. Start several on "
+            "GPUs, with torchrun --nproc-per-node=… or accelerate launch, or set fsdp: false"
+        )
     model, tokenizer = build_plain(config, lambda: _texts(config))
     data = load_data(
         config.data.train,
@@ -90,7 +95,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
     layers = make_eight_bit(model, recipe)
     model = add_adapters(model, config.lora)
     watch = saturation_watch(model, config.saturation)
-    return Prepared(config, recipe, arguments, model, tokenizer, data, order, layers, items, watch)
+    return Prepared(config, recipe, arguments, order, model, tokenizer, data, layers, items, watch)
 
 
 def check_warm_up(recipe: Recipe | None, steps: int) -> None:

@@ -29,6 +29,8 @@ class LanguageTrainer(Trainer):
             data_collator=default_data_collator,
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision()
         self.micro_batches: list[dict[str, Any]] = []
         self.losses: list[Tensor] = []
         self.add_callback(Finite(self))
@@ -53,6 +55,14 @@ class LanguageTrainer(Trainer):
         except Exception as error:
             step = self.state.global_step
             raise CheckpointError(f"checkpoint {step} could not be written: {error}") from error
+
+
+def sharded_precision() -> Any:
+    """FSDP2's precision: bf16 products, and gradients and losses in fp32. accelerate's own rounds a loss to bf16, whose
+    steps of 0.4% are wider than what a comparison with a baseline is to show."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 class Finite(TrainerCallback):
