@@ -19,6 +19,8 @@ from fp8kernels.training.llm.documents import Document, read_documents
 from fp8kernels.training.llm.labels import IGNORED
 from fp8kernels.training.llm.packing import TOO_LONG, pack
 
+pytest.importorskip("transformers")
+
 SEQUENCE = 8
 END, PAD = 0, 99
 

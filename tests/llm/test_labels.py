@@ -42,9 +42,7 @@ def test_a_row_of_one_token_over_and_over_is_its_own_shift() -> None:
 
 @pytest.mark.parametrize("places", [slice(0), slice(3), slice(2, 4), slice(5, 6)])
 def test_labels_that_were_moved_by_one_are_refused_with_the_reason(places: slice) -> None:
-    with pytest.raises(
-        ValueError, match=r"row 3: the labels are shifted by one already .* the token after the next one"
-    ):
+    with pytest.raises(ValueError, match=r"row 3: the labels are shifted by one already .* the token after the next\."):
         check_labels(IDS, masked(SHIFTED, places), "row 3")
     with pytest.raises(ValueError, match="shifted by one already"):
         check_labels(IDS[0].tolist(), masked(SHIFTED, places)[0].tolist())

@@ -44,9 +44,9 @@ def check_labels(input_ids: Any, labels: Any, where: str = "the data") -> None:
     moved = int((pairs & (labels[..., :-1] == ids[..., 1:])).sum())
     if moved >= max(1.0, NEARLY_ALL * int(pairs.sum())):
         raise ValueError(
-            f"{where}: the labels are shifted by one already ({moved} of {int(pairs.sum())} are the token that "
-            "follows). Causal language models of transformers shift them themselves, so it would learn the token "
-            "after the next one. Give labels equal to input_ids (-100 where nothing is learnt), or leave the labels out"
+            f"{where}: the labels are shifted by one already ({moved} of {int(pairs.sum())} are the token that follows). "
+            "Causal language models of transformers shift them themselves, so this one would learn the token after the "
+            "next. Give labels equal to input_ids (-100 where nothing is learnt), or leave the labels out"
         )
     first = differ.nonzero()[0].tolist()
     raise ValueError(
