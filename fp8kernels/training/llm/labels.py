@@ -40,11 +40,12 @@ def check_labels(input_ids: Any, labels: Any, where: str = "the data") -> None:
     wrong = int(differ.sum())
     if not wrong:
         return
-    pairs = learnt[..., :-1]
-    moved = int((pairs & (labels[..., :-1] == ids[..., 1:])).sum())
-    if moved >= max(1.0, NEARLY_ALL * int(pairs.sum())):
+    followed = learnt[..., :-1]  # a label in the last place has no token after it
+    pairs = int(followed.sum())
+    moved = int((followed & (labels[..., :-1] == ids[..., 1:])).sum())
+    if moved >= max(1.0, NEARLY_ALL * pairs):
         raise ValueError(
-            f"{where}: the labels are shifted by one already ({moved} of {int(pairs.sum())} are the token that follows). "
+            f"{where}: the labels are shifted by one already ({moved} of {pairs} are the token that follows). "
             "Causal language models of transformers shift them themselves, so this one would learn the token after the "
             "next. Give labels equal to input_ids (-100 where nothing is learnt), or leave the labels out"
         )
