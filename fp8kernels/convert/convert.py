@@ -38,7 +38,7 @@ def convert(
     """Make the linear layers, patch embeddings and attention projections of a model 8-bit, in place.
 
     model    any torch.nn.Module; parameters, hooks and references to its layers stay as they are
-    recipe   a name ("hif8-qat", "e4m3-delayed", "e4m3-row", "e4m3-block128") or a Recipe
+    recipe   a name ("hif8-qat", "hif8-qat-mlp", "e4m3-delayed", "e4m3-row", "e4m3-block128") or a Recipe
     filter   (module, name) -> bool; False leaves a layer as it is
     fuse     let norms and activations hand codes to the 8-bit layers that alone read them: one rounding for q, k and v,
              and on a GPU one kernel for the norm and its rounding. Histories and scales stay those of fuse=False

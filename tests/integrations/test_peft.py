@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fp8kernels import convert, get_recipe
 from fp8kernels.convert import decide
-from fp8kernels.convert.adapters import REASON
+from fp8kernels.convert.adapters import REASON, origin
 from fp8kernels.nn import Linear
 from fp8kernels.nn.state import ScaledLayer
 from fp8kernels.nn.step import layers
@@ -40,6 +40,25 @@ def adapters(net: nn.Module) -> dict[str, Tensor]:
 def by_name(net: nn.Module) -> dict[str, Tensor]:
     """The scaling state under the names that do not depend on which came first, convert or PEFT."""
     return {key.replace(".base_layer", ""): value for key, value in state(net).items()}
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+@pytest.mark.parametrize("modules_to_save", [None, ["gate_proj"]])
+def test_the_same_blocks_stay_on_either_side(modules_to_save: list[str] | None, first: str) -> None:
+    """high_precision_blocks and the names of MLPs mean layers of the plain model, wherever PEFT's wrappers are."""
+    recipe = get_recipe("hif8-qat-mlp").replace(high_precision_blocks=(1, 0), warmup_steps=0)
+    net = build("llama")
+    if first == "convert":
+        convert(net, recipe, verbose=False)
+    net = lora(net, modules_to_save=modules_to_save)
+    if first == "peft":
+        reasons = {d.name: d.reason for d in decide(net, recipe)}
+        assert reasons["base_model.model.model.layers.0.mlp.down_proj.base_layer"] == "the first block"
+        convert(net, recipe, verbose=False)
+    plain = {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    found = {name for name, module in net.named_modules() if isinstance(module, ScaledLayer)}
+    assert {origin(net, name).name for name in found} == plain
+    assert len(found) == 3 + (modules_to_save is not None)
 
 
 def test_only_adapters_train_and_scales_move() -> None:
