@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ def without_triton() -> bool:
     return importlib.util.find_spec("triton") is None
 
 
+def without_chromium() -> bool:
+    return shutil.which("chromium") is None
+
+
 def without_train() -> bool:
     return any(importlib.util.find_spec(name) is None for name in TRAIN)
 
@@ -77,6 +82,7 @@ EXPECTED = (
     Skip(r"triton is not installed", without_triton, "Triton has wheels for Linux only"),
     Skip(rf"could not import '({'|'.join(TRAIN)})'", without_train, "they are the extra train"),
     Skip(rf"could not import '({'|'.join(EVAL)})'", without_eval, "they are the extra eval"),
+    Skip(r"no Chromium", without_chromium, "the test opens a page in a browser"),
     Skip(r"CPU has no (avx512|avx2)", below_avx512, "the kernel needs instructions that this CPU lacks"),
     Skip(r"FP8KERNELS_ISA is set", lowered_isa, "the run forces one instruction set for all tests"),
     Skip(r"only on x86", not_x86, "the vector kernels are written for x86; others take the portable one"),
