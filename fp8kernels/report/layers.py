@@ -21,7 +21,7 @@ SMALLEST = 1e-6  # fraction at the lower end of the colours; 0 stays empty
 WIDE = 9.6  # inches
 NOISE = 6.0  # dB that the colours span at least: one mantissa bit
 TICKS = 5  # of a map's steps, at most
-NARROW = 20.0  # largest over smallest number of a panel below which powers of ten would make too few ticks
+NARROW = 20.0  # largest over smallest number of a panel, above which its axis is logarithmic
 
 
 def layers_of(items: Sequence[Contents], plots: Plots) -> Markup:
@@ -59,7 +59,7 @@ def chosen(found: Layers) -> list[int]:
 
 def _amax(found: Layers, plots: Plots, label: str) -> Markup:
     """Small multiples: amax, and the amax that the scale is made for."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     rows, roles = chosen(found), list(found.grids)
     said, every = [], 1
@@ -76,12 +76,12 @@ def _amax(found: Layers, plots: Plots, label: str) -> Markup:
                 axes.plot(amax.steps, amax.high, color=colour(0), label="amax of the tensor", **mark)
                 axes.plot(t.steps, t.high, color=colour(1), linestyle="--", label="scale × target")
                 values = np.concatenate([amax.high, t.high])
-                if values.size and (values > 0).all():
+                wide = values.size > 0 and values.min() > 0 and values.max() / values.min() > NARROW
+                if wide:
                     axes.set_yscale("log")
-                    narrow = values.max() / values.min() < NARROW
-                    axes.yaxis.set_major_locator(MaxNLocator(3) if narrow else LogLocator(numticks=4))
-                    axes.yaxis.set_minor_formatter(NullFormatter())
-                    axes.yaxis.set_major_formatter(FuncFormatter(plain))
+                    axes.yaxis.set_minor_locator(NullLocator())
+                axes.yaxis.set_major_locator(LogLocator(numticks=4) if wide else MaxNLocator(3))
+                axes.yaxis.set_major_formatter(FuncFormatter(plain))
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
                 axes.set_title(f"{_short(found.short[layer], 34)}, {role}", fontsize=9)
                 if line == len(rows) - 1:
