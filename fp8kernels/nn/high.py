@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.check import reshaped
 from ..recipe import Recipe
 from ..scaling.delayed import GRAD
 from .dtensor import local
@@ -45,7 +46,7 @@ class _NoteGradient(torch.autograd.Function):
         counters: Tensor,
     ) -> Tensor:
         ctx.how, ctx.state = (recipe, carrier), (scale, pending, counters)
-        return out.view_as(out)
+        return reshaped(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

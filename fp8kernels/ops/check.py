@@ -39,3 +39,13 @@ def one_of(verb: str, name: str, value: object, allowed: tuple[object, ...]) -> 
     """raises ValueError unless the value is allowed."""
     if value not in allowed:
         raise ValueError(f"{verb}: {name} is {value!r}, it must be one of {', '.join(map(repr, allowed))}")
+
+
+def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous result of another shape that autograd does not take for a view, so that it may be changed in place.
+
+    torch refuses `x += y` and `ReLU(inplace=True)` on a view that a custom function made. For results that nothing else
+    holds.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view.default(x, shape)
+    return out

@@ -66,7 +66,7 @@ def _matrix(residual: Tensor | None) -> Tensor | None:
 def _gemm_epilogue(x: Tensor, *args: Any) -> Tensor:
     product, (activation, residual) = args[:-2], args[-2:]
     out: Tensor = _run((x, *product), Epilogue(activation, _matrix(residual)))
-    return out.reshape(*x.shape[:-1], args[2].shape[0])
+    return check.reshaped(out, (*x.shape[:-1], args[2].shape[0]))
 
 
 def _gemm_epilogue_fake(x: Tensor, *args: Any) -> Tensor:

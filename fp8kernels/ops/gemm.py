@@ -189,7 +189,7 @@ def run_gemm(
         return out if bias is None else out + bias.to(out_dtype)
     args = (Operand(matrix, x_scale, get_format(x_fmt)), Operand(w, w_scale, get_format(w_fmt)), bias, out_dtype)
     out = choose("gemm", *args).run(*args)  # [M, N]
-    return out.reshape(shape)
+    return check.reshaped(out, shape)
 
 
 def _fake(
