@@ -17,6 +17,7 @@ import fp8kernels
 from fp8kernels import Alarm, FallbackWarning, SaturationWarning, convert, get_recipe
 from fp8kernels.nn import fallback
 from fp8kernels.nn.fallback import UNSEEN, decisions
+from fp8kernels.nn.hold import hold_high
 from fp8kernels.nn.step import layers
 
 FACTOR = 4.0  # per step: a history lags behind by more than a format's head-room
@@ -365,3 +366,28 @@ def test_bad_alarms_say_what_is_wrong() -> None:
         Alarm("fall-back")
     with pytest.raises(ValueError, match="recover=0"):
         Alarm("fallback", recover=0)
+
+
+@pytest.mark.parametrize("alarm", [ALARM, Alarm()], ids=["fallback", "warn"])
+def test_held_layers_stay_in_high_precision_through_steps_copies_and_checkpoints(alarm: Alarm) -> None:
+    run, plain = Run(recipe(alarm)), Run(recipe(alarm))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (run, plain):
+            each.step()
+        assert hold_high(run.model) == 2
+        assert hold_high(run.model) == 0
+        for _ in range(2 * ALARM.recover):
+            run.step()
+            plain.step()
+    assert run.high == [True, True]
+    assert plain.high == [False, False]
+    x, (first, second) = batch(0), run.model
+    exact = F.linear(F.linear(x, first.weight, first.bias), second.weight, second.bias)
+    assert torch.equal(run.model(x), exact)
+    assert not torch.equal(plain.model(x), exact)
+    assert torch.equal(run.model[0].fp8_scale, plain.model[0].fp8_scale), "what it sees is still noted"
+    plain.model.load_state_dict(run.model.state_dict())
+    assert plain.high == [True, True]
+    twin = copy.deepcopy(run.model)
+    assert torch.equal(twin(x), exact)
