@@ -21,9 +21,18 @@ def study(
     quick: Annotated[
         bool, typer.Option(help="seconds instead of an hour: shows that everything runs, and no more")
     ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="an experiment of the grid; may be given more than once")
+    ] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="run nothing: draw STUDY.md of this folder again from its study/rows.jsonl")
+    ] = None,
 ) -> None:
     """Run the controlled experiments on scaling, each paired with its BF16 run, and draw their page."""
-    from ..study import run_study
+    from ..study import draw_again, run_study
 
     with mistakes():
-        run_study(grid, out, quick=quick)
+        if redraw is not None:
+            typer.echo(str(draw_again(redraw)))
+        else:
+            run_study(grid, out, quick=quick, only=tuple(only or ()))
