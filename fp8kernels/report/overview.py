@@ -11,6 +11,7 @@ from .contents import Contents
 from .curves import key
 from .html import MISSING, Markup, join, missing, shown, table, tag
 
+DETAILS = ("config", "recipe", "data", "device", "versions")  # of run.json, to open below the table
 EVENTS = 200  # of one run in the table
 
 
@@ -25,7 +26,7 @@ def runs_of(items: Sequence[Contents]) -> Markup:
                 key(item),
                 tag("span", status, class_="stopped") if status == "stopped" else status,
                 info.get("reason") or MISSING,
-                info.get("recipe") or "none: high precision",
+                _recipe(info),
                 _parameters(info.get("parameters")),
                 _steps(item),
                 _duration(info),
@@ -37,19 +38,19 @@ def runs_of(items: Sequence[Contents]) -> Markup:
     details = []
     for item in items:
         info = item.run.info
-        whole = {key: info[key] for key in ("config", "versions") if info.get(key)}
+        whole = {key: info[key] for key in DETAILS if info.get(key)}
         if whole:
             text = json.dumps(whole, indent=2, ensure_ascii=False)
             details.append(
                 tag(
                     "details",
-                    tag("summary", f"Configuration and versions of {item.label}"),
+                    tag("summary", f"Configuration, recipe and versions of {item.label}"),
                     tag("pre", text, tabindex="0"),
                 )
             )
         else:
             details.append(missing(f"{item.label} has no configuration in its run.json."))
-    return join([table("From each run's run.json", head, rows, numbers=(4, 5)), *details])
+    return join([table("From each run's run.json", head, rows, numbers=(4, 5, 6)), *details])
 
 
 def happenings(items: Sequence[Contents]) -> Markup:
@@ -69,9 +70,23 @@ def happenings(items: Sequence[Contents]) -> Markup:
     return join(parts)
 
 
+def _recipe(info: dict[str, Any]) -> str:
+    """The recipe's name and what was changed of it; as it prints where the configuration does not name one."""
+    config = info.get("config")
+    named = config.get("recipe") if isinstance(config, dict) else None
+    if not named:
+        return str(info.get("recipe") or "none: high precision")
+    changes = config.get("recipe_changes") if isinstance(config, dict) else None
+    changed = ", ".join(f"{key}={value}" for key, value in changes.items()) if isinstance(changes, dict) else ""
+    return f"{named} with {changed}" if changed else str(named)
+
+
 def _parameters(count: Any) -> str:
     if isinstance(count, dict):
-        return ", ".join(f"{name} {_parameters(value)}" for name, value in count.items())
+        named = [
+            f"{_parameters(value)} {str(name).replace('_', ' ')}" for name, value in count.items() if name != "all"
+        ]
+        return ", ".join(([_parameters(count["all"])] if "all" in count else []) + named)
     if not isinstance(count, int | float) or isinstance(count, bool):
         return MISSING
     for size, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
