@@ -25,7 +25,8 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     text = PAGE.read_text(encoding="utf-8")
     sections = re.findall(r"^(#+ [^\n]*)\n((?:(?!^#).)*?)```python\n(.*?)```", text, flags=re.S | re.M)
     assert [title for title, _, _ in sections] == [
-        "# Training", "## A bare loop", "## accelerate", "## transformers.Trainer", "## TRL", "## PEFT"
+        "# Training", "## A bare loop", "## Which blocks, and how often", "## accelerate", "## transformers.Trainer",
+        "## TRL", "## PEFT",
     ]  # fmt: skip
     scope: dict[str, Any] = {"__name__": "training_page"}
     for title, _, block in sections:
@@ -38,6 +39,8 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         steps = {"## TRL": 2, "## PEFT": 8}.get(title, 4)
         assert {int(layer.fp8_step) for layer in layers(model)} == {steps}, title
         assert all((layer.fp8_scale[:2] > 0).all() for layer in layers(model)), title
+        if title == "## Which blocks, and how often":
+            assert all(".1." in layer.fp8_name and layer.fp8_recipe.interval == 10 for layer in layers(model))
         if title == "## transformers.Trainer":
             same_models(model, scope["resumed"], but=RECOMPUTED)
         if title == "## PEFT":
