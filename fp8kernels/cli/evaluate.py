@@ -38,6 +38,7 @@ def llm(
     calibrate: Annotated[Path | None, typer.Option(help="text that sets the scales of --recipe")] = None,
     limit: Annotated[int | None, typer.Option(help="documents of each task, from the first; for a quick look")] = None,
     batch: Annotated[int, typer.Option(help="prompts at once")] = 8,
+    margin: Annotated[float, typer.Option(help="a relative drop that would still count as no loss")] = 0.01,
     out: Annotated[Path | None, typer.Option(help="where eval.json goes; else the run's folder")] = None,
     *,
     unpaired: Annotated[bool, typer.Option(help="plain scores, compared with nothing")] = False,
@@ -72,13 +73,18 @@ def llm(
             limit=limit,
             batch=batch,
         )
-        found = evaluate(subject, None if named is None else open_subject(named), questions, out=out, say=say)
+        found = evaluate(
+            subject, None if named is None else open_subject(named), questions, out=out, margin=margin, say=say
+        )
     if as_json:
         typer.echo(json.dumps(found.as_json()))
         return
     screen = console()
     for table in tables(found):
         screen.print(table)
+    for one in found.comparisons:
+        if one.statement:
+            screen.print(f"{one.task}: {one.statement}", highlight=False)
     if found.against is None:
         say("warning: unpaired scores; a difference between two such scores may be chance")
     for warning in found.warnings:

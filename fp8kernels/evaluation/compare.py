@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import bootstrap_difference, holm, minimal_detectable_drop, paired
+from ..statistics import bootstrap_difference, equivalence, holm, minimal_detectable_drop, paired
 from .answers import Answers, Document, is_answer, is_loss, match, numbers
 
 PREFERRED = ("acc_norm", "acc", "exact_match", "correct")  # length-normalised accuracy where a task has it
+MARGIN = 0.01  # relative; what HiF8 QAT was published to stay below
 FEWEST = 6  # items that must differ, all in one direction, before the exact test finds anything: 2 / 2**6 < 0.05
 
 
@@ -47,6 +48,8 @@ class Comparison:
     detectable_drop           the smallest drop that so many documents that differ so often show in 4 of 5 cases
     unpaired_standard_error   of the drop, had each model answered documents of its own
     parts                     of a group: accuracy of both and items, by subtask
+    verdict, statement        whether the second is shown to be no worse than a margin, relative; "no worse", "worse" or
+                              "not shown", and the sentence
     cut                       prompts that lost their beginning because the context is short, of both models
     """
 
@@ -68,6 +71,8 @@ class Comparison:
     only_second: int | None = None
     detectable_drop: float | None = None
     parts: dict[str, dict[str, Any]] | None = None
+    verdict: str | None = None
+    statement: str | None = None
     cut: int = 0
 
 
@@ -111,11 +116,14 @@ def score(answers: Answers, metric: str | None = None) -> Score:
     return Score(answers.task, metric, answers.shots, len(documents), value, error, answers.cut)
 
 
-def compare(first: Answers, second: Answers, *, metric: str | None = None, level: float = 0.95) -> Comparison:
+def compare(
+    first: Answers, second: Answers, *, metric: str | None = None, level: float = 0.95, margin: float = MARGIN
+) -> Comparison:
     """Two models on one task, document by document.
 
     first   of the reference
     level   of the interval
+    margin  a relative drop of accuracy that would still count as no loss
     raises  ValueError if they did not answer the same documents, or the task has no such metric
     """
     pairs = match(first, second)
@@ -126,7 +134,7 @@ def compare(first: Answers, second: Answers, *, metric: str | None = None, level
     if is_loss(first.documents, metric) and is_loss(second.documents, metric):
         found = _compare_losses(pairs, metric, level)
     elif is_answer(first.documents, metric) and is_answer(second.documents, metric):
-        found = _compare_answers(pairs, metric, level)
+        found = _compare_answers(pairs, metric, level, margin)
     elif is_number(first.documents, metric) and is_number(second.documents, metric):
         found = _compare_numbers(pairs, metric, level)
     else:
@@ -153,9 +161,12 @@ def with_holm(comparisons: list[Comparison]) -> list[Comparison]:
     return [c if c.p_value is None else replace(c, p_holm=next(corrected)) for c in comparisons]
 
 
-def _compare_answers(pairs: list[tuple[Document, Document]], metric: str, level: float) -> dict[str, Any]:
+def _compare_answers(
+    pairs: list[tuple[Document, Document]], metric: str, level: float, margin: float
+) -> dict[str, Any]:
     a, b = numbers(pairs, metric)
     found = paired(a, b, level=level)
+    shown = equivalence(found, margin, relative=True)
     parts: dict[str, dict[str, Any]] = {}
     for pair, right, still in zip(pairs, a, b, strict=True):
         part = parts.setdefault(pair[0].part, {"first": 0.0, "second": 0.0, "items": 0})
@@ -180,6 +191,8 @@ def _compare_answers(pairs: list[tuple[Document, Document]], metric: str, level:
         "detectable_drop": detectable_drop(found.items, found.only_first + found.only_second, level),
         "unpaired_standard_error": math.sqrt(spread / found.items),
         "parts": parts if len(parts) > 1 else None,
+        "verdict": shown.verdict,
+        "statement": shown.text,
     }
 
 

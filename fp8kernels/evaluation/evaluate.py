@@ -20,7 +20,7 @@ from ..runs.curve import LossCurve, loss_curve, unmatched
 from ..runs.folder import now, plain
 from . import answers as keeping
 from .answers import Answers, Document, match
-from .compare import Comparison, Score, compare, score, with_holm
+from .compare import MARGIN, Comparison, Score, compare, score, with_holm
 from .subject import Subject, autocast_dtype
 
 RESULT = "eval.json"
@@ -118,6 +118,7 @@ def evaluate(
     *,
     out: Path | str | None = None,
     level: float = 0.95,
+    margin: float = MARGIN,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Ask a model and its reference the same documents, one model after the other, and compare them in pairs.
@@ -129,6 +130,7 @@ def evaluate(
     out      gets eval.json, whole or not at all; None: the run's folder, or nowhere. In a run's folder the name says so
              where it did not answer as it was trained: eval-bf16.json
     level    of the intervals
+    margin   a relative drop of accuracy that would still count as no loss
     say      is told what is going on
     raises   ValueError, FileNotFoundError for questions that cannot be asked, before a model is loaded
     """
@@ -154,7 +156,7 @@ def evaluate(
             scores.append(score(found, metric))
             documents[name] = _listed([(d, d) for d in found.documents], scores[-1].metric, alone=True)
         else:
-            comparisons.append(compare(theirs[name], found, metric=metric, level=level))
+            comparisons.append(compare(theirs[name], found, metric=metric, level=level, margin=margin))
             documents[name] = _listed(match(theirs[name], found), comparisons[-1].metric, alone=False)
         if found.cut:
             warnings.append(f"{name}: {found.cut} prompts lost their beginning, since the model's context is short")

@@ -82,9 +82,11 @@ def first_word(text: str) -> str:
 @pytest.fixture(scope="module")
 def exact() -> tuple[Any, Any]:
     """A model in fp64, so that batches and padding change no answer."""
-    torch.set_grad_enabled(False)
-    yield common.model().double().eval(), common.tokenizer()
-    torch.set_grad_enabled(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for a model so small more of them only wait for each other
+    with torch.no_grad():
+        yield common.model().double().eval(), common.tokenizer()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,9 @@ def test_a_comparison_is_what_a_sum_by_hand_gives() -> None:
     assert found.unpaired_standard_error == pytest.approx(math.sqrt(variance / 66))
     assert found.high - found.low < 2 * 1.96 * found.unpaired_standard_error, "pairs say more than strangers do"
     assert found.detectable_drop is not None and found.drop < found.detectable_drop < 1
+    assert found.verdict == "not shown" and found.statement is not None and "66 items" in found.statement
+    assert compare(made([1] * 4000), made([1] * 4000)).verdict == "no worse"
+    assert compare(made(a), made([0] * 66)).verdict == "worse"
     assert choose_metric(made(a)) == "acc"
 
 
@@ -522,6 +527,7 @@ def test_the_command(runs: tuple[Run, Run], questions: Questions, folder: Path) 
     quiz = str(questions.items[0])
     done = CliRunner().invoke(app, ["eval", "llm", str(run.path), "--items", quiz, "--batch", "4"])
     assert done.exit_code == 0, done.output
+    assert re.search(r"quiz: no worse than 1.00% .*35 items", " ".join(done.output.split()))
     assert all(
         word in done.output for word in ("quiz", "hif8-qat, as trained", "unpaired", "Training loss over 4 steps")
     )
