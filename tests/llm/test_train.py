@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_has_it(
     assert run.info["status"] == "stopped"
     reason = run.info["reason"]
     assert "step 4: the loss is not finite" in reason and "model.layers.1.input_layernorm" in reason
-    assert "checkpoint-2; go on from it with --resume" in reason
+    assert "The last finite checkpoint is" in reason and "checkpoint-2; go on from it with --resume" in reason
     assert [row["step"] for row in run.rows("log")] == [1, 2, 3]
     assert [row["kind"] for row in run.rows("events")] == ["saved", "nan"]
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["checkpoint-2"]

@@ -18,7 +18,7 @@ from ...export.atomic import write_file
 NAME = "checkpoint-"
 STAGING = ".staging"
 FILES = "files.json"  # the last file of a checkpoint: every file's name and size in bytes
-STATE = "fp8kernels.json"  # what our callbacks carry on from
+STATE = "detectors.json"  # what our callbacks carry on from
 
 
 class CheckpointError(OSError):

@@ -49,7 +49,7 @@ class DataSettings:
     text_field  the field or column that holds the text
     sequence    tokens of one sequence
     packing     documents one after another, cut every `sequence` tokens; false: one document a sequence, padded
-    too_long    without packing, a document longer than a sequence: "split", "truncate", "drop" or "error"
+    too_long    a document longer than a sequence: "split", "truncate", "drop" or "error"
     """
 
     train: list[Path]
@@ -134,7 +134,7 @@ class Config:
     """One training run.
 
     recipe          the name of a recipe, or null: the BF16 run that others are measured against
-    recipe_changes  fields of the recipe that differ (runs/precision.py)
+    recipe_changes  fields of the recipe that differ (runs/precision.py); without a recipe they mean nothing
     steps           optimizer steps
     batch           sequences of one micro-batch in each process
     accumulate      micro-batches of one optimizer step
@@ -185,8 +185,6 @@ class Config:
         _one_of("scheduler", self.scheduler, SCHEDULERS)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must each be at least 0 and below 1")
-        if self.recipe is None and self.recipe_changes:
-            raise ValueError(f"recipe_changes={self.recipe_changes} change no recipe: recipe is null, the BF16 run")
 
     def warm_up(self) -> int:
         """The steps over which the learning rate rises."""

@@ -20,6 +20,7 @@ from .data import Data, load_data
 from .documents import read_documents
 from .labels import check_shift
 from .order import Ordered
+from .progress import tell
 from .ranks import world
 from .start import add_adapters, build_plain, make_eight_bit
 from .watch import saturation_watch
@@ -89,6 +90,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
         context=getattr(model.config, "max_position_embeddings", None),
         vocab=model.get_input_embeddings().weight.shape[0],
     )
+    tell(f"training on {data.train.report}")
     order = Ordered(data.train, config.steps * config.accumulate * config.batch * world(), seed=config.seed)
     rows = [data.train[index]["input_ids"] for index in range(SHIFT_ROWS)]
     check_shift(model, nn.utils.rnn.pad_sequence(rows, batch_first=True))

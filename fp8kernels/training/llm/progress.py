@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,6 +13,30 @@ from transformers import TrainerCallback
 from ...console import console
 from .ranks import rank
 from .record import Recorder
+
+LOG = logging.getLogger("fp8kernels")
+
+
+def tell(text: str) -> None:
+    """A line for whoever looks at a terminal, and for the log."""
+    LOG.info(text)
+    shown = console()
+    if rank() == 0 and shown.is_terminal:
+        shown.print(text, highlight=False)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers shows a bar for each file that it writes, also where nobody looks."""
+    from transformers.utils import logging as shown
+
+    bars = shown.is_progress_bar_enabled()
+    shown.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            shown.enable_progress_bar()
 
 
 class ProgressLine(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,8 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    from ... import __version__
-
     return {
-        "fp8kernels": __version__,
+        "fp8kernels": importlib.metadata.version("fp8kernels"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ... import convert
+from ...convert import convert
+from ...models.causal_lm import load_causal_lm
 from ...models.llama import LlamaSize, llama
+from ...models.tokenizer import check_tokenizer, load_tokenizer
 from ...nn.state import ScaledLayer
 from ...recipe import Recipe
 from ..tokens import byte_tokenizer
@@ -28,11 +29,7 @@ def build_plain(config: Config, texts: Any) -> tuple[Any, Any]:
     dtype = getattr(torch, config.model.dtype)
     set_seed(config.seed)  # of the weights of a new model
     if config.model.path is not None:
-        from ...models.causal_lm import load_causal_lm
-
-        model, tokenizer = load_causal_lm(config.model.path, dtype=dtype)
-        if config.tokenizer is not None:
-            tokenizer = load_tokenizer(config.tokenizer)
+        model, tokenizer = load_causal_lm(config.model.path, dtype=dtype, tokenizer=config.tokenizer)
     else:
         assert config.model.size is not None
         size = config.model.size
@@ -41,29 +38,12 @@ def build_plain(config: Config, texts: Any) -> tuple[Any, Any]:
         else:
             tokenizer = byte_tokenizer(list(texts()), size.vocab)
         model = _new(size, tokenizer, config.model).to(dtype)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}")
+        check_tokenizer(tokenizer, model)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence > context:
         raise ValueError(f"data.sequence={config.data.sequence} is longer than the model's context of {context} tokens")
     model.config.use_cache = False
     return model, tokenizer
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A tokenizer from a folder.
-
-    raises   FileNotFoundError if the folder holds none
-    """
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"tokenizer: {folder} is no folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"tokenizer: {folder} holds none that transformers can load: {error}") from None
 
 
 def _new(size: LlamaSize, tokenizer: Any, settings: ModelSettings) -> nn.Module:

@@ -19,7 +19,7 @@ from .finish import save_trained
 from .keep import Keeper
 from .nonfinite import NonFiniteError
 from .prepare import Prepared
-from .progress import ProgressLine
+from .progress import ProgressLine, no_bars
 from .ranks import rank, wait
 from .record import Recorder
 from .tensorboard import tensorboard
@@ -68,12 +68,12 @@ def take_steps(
     handler.callbacks[1 if prepared.layers else 0 : 0] = before
     for callback in after:
         trainer.add_callback(callback)
-    status, reason = "done", None
+    status, reason, kind = "done", None, "good"
     try:
-        with ending.signals():
+        with ending.signals(), no_bars():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except NonFiniteError as error:
-        status, reason = "stopped", str(error)
+        status, reason, kind = "stopped", str(error), "finite"  # the loss may have gone wrong before it went to NaN
         _event(run, error.step, "nan", reason)
     except BaseException as error:
         recorder.flush()
@@ -88,10 +88,11 @@ def take_steps(
     elif ending.interrupted:
         status, reason = "stopped", f"interrupted at step {trainer.state.global_step}"
     if status == "stopped":
-        reason = f"{reason}. {way_on(folder, ending.good_until)}"
+        reason = f"{reason}. {way_on(folder, ending.good_until, kind)}"
     else:
         try:
-            save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
+            with no_bars():
+                save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
         except Exception as error:  # each library that writes has errors of its own
             failed = checkpoints.CheckpointError(f"the trained model could not be written: {error}")
             _broken(run, failed, folder)
@@ -130,9 +131,10 @@ def recipe_entry(config: Config) -> dict[str, Any]:
     return {"recipe": config.recipe, "recipe_changes": config.recipe_changes}
 
 
-def way_on(folder: Path, good_until: int | None = None) -> str:
+def way_on(folder: Path, good_until: int | None = None, kind: str = "good") -> str:
     """What is there to go on from, in words.
 
+    kind         what is known of every checkpoint
     good_until   the last step at which all was well; None: every checkpoint is good
     """
     whole = checkpoints.whole(folder)
@@ -140,7 +142,7 @@ def way_on(folder: Path, good_until: int | None = None) -> str:
     if not good:
         return "There is no good checkpoint; begin again, with save_every set lower"
     later = f" (remove the {len(whole) - len(good)} later ones first)" if len(whole) > len(good) else ""
-    return f"The last good checkpoint is {good[-1]}; go on from it with --resume{later}"
+    return f"The last {kind} checkpoint is {good[-1]}; go on from it with --resume{later}"
 
 
 def _event(run: Run | None, step: int, kind: str, text: str) -> None:
