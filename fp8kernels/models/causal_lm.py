@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import pangu
 from .checkpoint import AGAIN, CONFIG, FLOATS, TensorHeader, check_folder, read_config, read_headers, read_json, some
+from .linears import as_linears
 from .tokenizer import check_tokenizer, load_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +40,8 @@ def load_causal_lm(
                left out: this is the plain model
     dtype      of the weights, torch's or its name; None: the one that config.json names, else that of the files
     tokenizer  another folder's, or a tokenizer itself; None takes the folder's own
-    returns    (model in eval mode with gradients on, tokenizer)
+    returns    (model in eval mode with gradients on, tokenizer). Linear layers in classes of transformers' own (GPT-2's
+               Conv1D) are torch.nn.Linear, and are saved as their own again (models/linears.py)
 
     raises     FileNotFoundError for what is not there (the folder, its config, weights, shards, tokenizer), ValueError
                for what does not fit or is broken, each with the way out; ImportError naming the extra to install
@@ -65,6 +67,7 @@ def load_causal_lm(
             use_safetensors=True,
         )
     check_finite(model)
+    as_linears(model)
     model = model.to(device).eval()
     check_causal(model)
     check_tokenizer(tokenizer, model, where=f"the tokenizer of {getattr(tokenizer, 'name_or_path', '') or folder}")

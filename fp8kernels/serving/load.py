@@ -11,6 +11,7 @@ from torch import nn
 
 from ..export import check, load_into
 from ..export.layout import MANIFEST
+from ..models.linears import as_linears
 
 
 def load(folder: str | Path, *, model: nn.Module | None = None) -> Any:
@@ -44,6 +45,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> Any:
         plain = cast(Any, model_class)._from_config(config, dtype=getattr(torch, manifest.dtype))
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}/config.json does not build a {manifest.model_class}: {error}") from error
+    as_linears(plain)  # GPT-2's layers were converted as torch's
     return load_into(plain, folder)
 
 
