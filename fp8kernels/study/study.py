@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from .run import Task, run
 from .settings import Settings
 
 SHARED = ("model", "world", "text", "base", "train", "threads", "device")  # what all runs of a folder have in common
+TOLD = 20  # lines that a log gets of the base's training
 TIMED = 3  # steps, after one that is not
 
 
@@ -131,7 +133,10 @@ def make_base(grid: Grid, out: Path, progress: Progress) -> None:
 
     def after_step(step: int, loss: float) -> None:
         losses.append(loss)
-        progress.update(bar, completed=step, note=f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        note = f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
+        progress.update(bar, completed=step, note=note)
+        if step % max(1, grid.base.steps // TOLD) == 0:
+            tell(f"base: step {step} of {grid.base.steps}, {note}")
 
     train_base(grid, out / "base", after_step)
     row = read_row(out / "base" / "base.json") or {}
@@ -143,9 +148,15 @@ def make_runs(grid: Grid, out: Path, waiting: list[tuple[Settings, int]], progre
     if not waiting:
         return
     bar = progress.add_task("runs", total=done + len(waiting), completed=done, note="")
+    there = itertools.count(done + 1)
+
+    def finish(name: str) -> None:
+        progress.update(bar, advance=1, note=name)
+        tell(f"run {next(there)} of {done + len(waiting)}: {name}")
+
     if grid.workers == 1:
         for settings, seed in waiting:
-            progress.update(bar, advance=1, note=do(Task(grid, settings, seed, out / "base"), out))
+            finish(do(Task(grid, settings, seed, out / "base"), out))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(grid.workers, len(waiting)), mp_context=context) as pool:
@@ -154,10 +165,16 @@ def make_runs(grid: Grid, out: Path, waiting: list[tuple[Settings, int]], progre
             while left:
                 finished, left = wait(left, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    progress.update(bar, advance=1, note=future.result())
+                    finish(future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def tell(line: str) -> None:
+    """Progress for a log, where there is no terminal for a bar."""
+    if not console().is_terminal:
+        console().print(line, soft_wrap=True)
 
 
 def do(task: Task, out: Path) -> str:

@@ -43,7 +43,7 @@ ATTRIBUTES = (
         "trade",
         "baker miller tailor doctor lawyer painter farmer sailor weaver smith cook printer teacher hunter mason singer",
         ("{} works as a", "the trade of {} is that of a", "{} earns money as a", "by trade {} is a"),
-        "{} has learnt the work of a",
+        "the work of {} is that of a",
     ),
     Attribute(
         "animal",
@@ -55,7 +55,7 @@ ATTRIBUTES = (
         "colour",
         "red blue green yellow black white brown grey purple orange pink silver golden violet crimson beige",
         ("{} likes the colour", "the favourite colour of {} is", "{} always dresses in", "the door of {} is painted"),
-        "{} has a coat that is",
+        "the favourite of {} is",
     ),
 )
 SYLLABLES = ("ba", "do", "fe", "gu", "ha", "ji", "ko", "lu", "me", "ni", "po", "ra", "su", "ta", "ve", "wo", "xi", "zu")
