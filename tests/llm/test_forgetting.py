@@ -415,7 +415,7 @@ def test_the_blocks_of_the_page_run(
         warnings.simplefilter("ignore", ForgettingWarning)  # this model knows no capitals
         for block in blocks:
             exec(block, scope)
-    assert len(scope["items"]) == 4
+    assert len(scope["items"]) == 3
     assert "no forgetting shown" in capsys.readouterr().out
     assert "drop of 3.1 points" in section
     assert minimal_detectable_drop(400, differing=0.05) == pytest.approx(0.031, abs=5e-4)
