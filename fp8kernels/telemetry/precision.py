@@ -40,8 +40,8 @@ def mantissa_bits(fmt: Format) -> tuple[int, ...]:
 
 @functools.cache
 def lost_bits(fmt: Format, device: torch.device | str = "cpu") -> Tensor:
-    """fp32 [256]: how many mantissa bits each code has less than the best ones of its format; zero lost all."""
-    bits = torch.tensor(mantissa_bits(fmt), dtype=torch.float32, device=device)
+    """fp64 [256]: how many mantissa bits each code has less than the best ones of its format; zero lost all."""
+    bits = torch.tensor(mantissa_bits(fmt), dtype=torch.float64, device=device)
     return bits.max() - bits
 
 

@@ -31,7 +31,7 @@ from .precision import limits
 from .tensors import TensorReading, measure, merge, reading
 
 POLICIES = ("warn", "stop", "fallback", "ignore")
-SAMPLE = 1 << 20  # elements of a tensor that are looked at; the error of a fraction of 1% is then a hundredth of it
+SAMPLE = 1 << 18  # elements of a tensor that are looked at; a fraction of 1% is then known to a fiftieth of it
 NAMED = 8  # tensors that one message names, the worst first
 HUGE = 64.0  # times: what overshoots by more is an accident, for which no head-room is advised
 

@@ -66,7 +66,7 @@ class TensorReading:
 
 
 def measure(layer: ScaledLayer, index: int, x: Tensor, sample: int) -> Tensor | None:
-    """Sums over a tensor that a layer is about to round, float64 [10] on its device; None where there is nothing.
+    """Sums over a tensor that a layer is about to round, fp64 [10] on its device; None where there is nothing.
 
     sample  elements that are looked at, beside amax, which is that of all: every k-th one of a tensor with one scale,
             where k has no divisor in common with the row's length, so that all columns have their turn; the first rows
@@ -134,38 +134,48 @@ class _Rounding(NamedTuple):
 
 
 def _sums(x: Tensor, amax: Tensor, scale: Tensor, how: _Rounding) -> Tensor:
-    """x fp32 [M, K], a sample of the tensor."""
-    fmt, carrier, recipe = how.fmt, how.carrier, how.layer.fp8_recipe
+    """x fp32 [M, K], a sample of the tensor. Squares are those of x / scale, which fp32 holds."""
+    fmt, carrier = how.fmt, how.carrier
     coded = how.apply(x, scale, None)
-    codes = coded.codes.long()
-    lost = lost_bits(fmt, x.device)[codes]
+    codes, y = coded.codes, x / scale
+    size = y.abs()
     if _follows(how.layer, how.of):
         beyond = saturated = torch.zeros_like(x, dtype=torch.bool)
     else:
-        y, clamp = x.abs() / scale, recipe.clamp(how.of)
-        beyond = y > how.target * (1 + ROUNDING)
-        saturated = y >= fmt.overflow_at if clamp is None else y > clamp * (1 + ROUNDING)
+        clamp = how.layer.fp8_recipe.clamp(how.of)
+        beyond = size > how.target * (1 + ROUNDING)
+        saturated = size >= fmt.overflow_at if clamp is None else size > clamp * (1 + ROUNDING)
     if carrier is not None:
-        saturated = saturated | recoding(fmt, carrier, x.device).above[codes]
+        saturated = saturated | recoding(fmt, carrier, x.device).above[codes.long()]
         coded = how.apply(x, scale, carrier)
-    best = lost_bits(fmt, x.device).max()
-    lost = torch.where(saturated, best, lost).double()
-    nonzero = (x != 0) & x.isfinite() | saturated
+    lost = lost_bits(fmt, x.device)  # [256]
+    best = lost.max()
+    number = histogram(codes)  # fp64 [256], of all elements; those that are zero or NaN have no bits to lose
+    empty = (x == 0).sum() + number[fmt.nan_code]
+    past, over = beyond.sum(dtype=torch.float64), saturated.sum(dtype=torch.float64)
+    cut = best * over - lost @ histogram(codes, saturated)  # what saturated ones lose more than their code says
     decoded = torch.ops.fp8kernels.dequantize(coded.codes, coded.scale, coded.fmt, torch.float32)
-    wide = x.double()
     sums = [
         amax.double(),
         scale.double(),
         torch.tensor(x.numel(), dtype=torch.float64, device=x.device),
-        nonzero.sum(dtype=torch.float64),
-        beyond.sum(dtype=torch.float64),
-        saturated.sum(dtype=torch.float64),
-        (lost * beyond).sum(),
-        (lost * nonzero).sum(),
-        wide.square().sum(),
-        (decoded.double() - wide).square().sum(),
+        x.numel() - empty,
+        past,
+        over,
+        lost @ histogram(codes, beyond) + cut,
+        lost @ number - best * empty + cut,
+        y.square().sum().double(),
+        (decoded.div_(scale).sub_(y)).square_().sum().double(),
     ]
     return torch.stack(sums)
+
+
+def histogram(codes: Tensor, only: Tensor | None = None) -> Tensor:
+    """fp64 [256]: how often each code stands in uint8 codes, or in those of them that a mask of their shape selects."""
+    if codes.is_cuda:  # there bincount and masks wait for the device
+        number = codes.float() if only is None else torch.where(only, codes.float(), -1.0)
+        return torch.histc(number, 256, 0, 255).double()
+    return torch.bincount((codes if only is None else codes[only]).reshape(-1), minlength=256).double()
 
 
 def merge(parts: Sequence[Tensor]) -> Tensor:
