@@ -76,10 +76,16 @@ def number(value: Any) -> float:
 def shown(value: Any, form: str = ".4g", unit: str = "") -> str:
     """A number as it is printed, or a dash."""
     x = number(value)
-    return f"{x:{form}}{unit}" if math.isfinite(x) else MISSING
+    return f"{printed(x, form)}{unit}" if math.isfinite(x) else MISSING
+
+
+def printed(x: float, form: str) -> str:
+    """A number in a format, without the sign of what is printed as zero."""
+    text = f"{x:{form}}"
+    return text if any(c in "123456789" for c in text) else text.replace("-", "")
 
 
 def between(low: Any, high: Any, form: str = ".2f", unit: str = "") -> str:
     """An interval as it is printed, or a dash where it is not finite."""
     ends = number(low), number(high)
-    return f"{ends[0]:{form}} to {ends[1]:{form}}{unit}" if all(map(math.isfinite, ends)) else MISSING
+    return f"{printed(ends[0], form)} to {printed(ends[1], form)}{unit}" if all(map(math.isfinite, ends)) else MISSING

@@ -166,7 +166,7 @@ def _task(name: str, task: dict[str, Any]) -> list[Any]:
 
 def _called(against: Any) -> str:
     if isinstance(against, dict):
-        return ", ".join(str(value) for value in against.values() if isinstance(value, str))
+        return ", ".join(str(against[name]) for name in ("path", "precision") if against.get(name))
     return str(against)
 
 
