@@ -116,6 +116,15 @@ def _bf16_exam_over(first: dict[str, object], second: dict[str, object]) -> Meas
     return measure
 
 
+def _bf16_forgets(**changes: object) -> Measure:
+    """Accuracy of the base less that after BF16 training."""
+
+    def measure(study: Study, centre: Settings, level: float) -> Interval | None:
+        return outcomes.forgotten(study, replace(centre.matched(), **changes), level=level)  # type: ignore[arg-type]
+
+    return measure
+
+
 TEN_TIMES = 1e-3  # the centre's learning rate is 1e-4
 TENTH = 1e-5
 LARGEST = float(get_format("hif8").max)
@@ -226,9 +235,24 @@ CLAIMS = (
     ),
     Claim(
         "A small learning rate keeps what was known",
-        "the model card's MMLU 60.7 %; the BF16 baseline at 1e-5 has 43.4 %, with labels shifted twice",
-        "BF16 accuracy at 1e-5 with labels shifted once less that with them shifted twice, points (above: the labels "
-        "forget, not the rate)",
+        "1e-5 in the final recipe; yet its BF16 baseline has MMLU 43.4 %, the model card 60.7 %",
+        "what BF16 forgets at 1e-5, points",
+        _bf16_forgets(learning_rate=TENTH),
+        below=True,
+        bound=1.0,
+    ),
+    Claim(
+        "The learning rate explains the forgetting: labels that are shifted twice add nothing",
+        "labels shifted twice in all runs, which is not mentioned",
+        "BF16 accuracy with labels shifted once less that with them shifted twice, points",
+        _bf16_exam_over({}, {"labels": "shifted twice"}),
+        below=True,
+        bound=1.0,
+    ),
+    Claim(
+        "The same at the published learning rate, 1e-5",
+        "MMLU 43.4 % after the BF16 run, 60.7 % before",
+        "the same at 1e-5, points",
         _bf16_exam_over({"learning_rate": TENTH}, {"learning_rate": TENTH, "labels": "shifted twice"}),
         below=True,
         bound=1.0,

@@ -65,8 +65,12 @@ def run_study(grid: Path | None, out: Path, *, quick: bool = False, only: tuple[
 def small(grid: Grid) -> Grid:
     """The same experiments at a size of seconds."""
 
+    steps = 18
+
     def short(settings: Settings) -> Settings:
-        return settings if settings.precision == "bf16" else replace(settings, warmup_steps=settings.warmup_steps // 4)
+        if settings.precision == "bf16":
+            return settings
+        return replace(settings, warmup_steps=min(settings.warmup_steps // 4, steps // 2))
 
     return replace(
         grid,
@@ -79,7 +83,7 @@ def small(grid: Grid) -> Grid:
         world=WorldPart(people=4),
         text=TextPart(bytes=400_000),
         base=BasePart(steps=3, batch=4, world=2, warmup=1),
-        train=TrainPart(steps=18, batch=8, sequence=16, rise=2, validation=4, spike_step=16),
+        train=TrainPart(steps=steps, batch=8, sequence=16, rise=2, validation=4, spike_step=16),
     )
 
 

@@ -18,6 +18,7 @@ from fp8kernels.study.grid import CPU_GRID, parse_grid, read_grid
 from fp8kernels.study.page import ROWS, page_text
 from fp8kernels.study.rows import Study, read_study, run_path, study, write_study
 from fp8kernels.study.settings import Settings
+from fp8kernels.study.study import small
 
 DOCS = Path(__file__).parents[2] / "docs"
 FACTS = world.world(64, seed=0)
@@ -119,7 +120,8 @@ def test_grids_that_are_shipped_are_read() -> None:
     assert len(paths) == 2
     for path in paths:
         grid = read_grid(path)
-        assert len(grid.experiments) >= 8
+        assert len(grid.experiments) == 10
+        assert all(one.warmup_steps < small(grid).train.steps for one, _ in small(grid).runs())
         for settings, _ in grid.runs():
             assert (settings.recipe(grid.model.layers) is None) == (settings.precision == "bf16")
 
