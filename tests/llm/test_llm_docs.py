@@ -54,6 +54,7 @@ def command(line: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_the_quick_start_and_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)

@@ -81,6 +81,10 @@ def test_resume_refuses_other_settings_and_other_data(tmp_path: Path, monkeypatc
         train(settings | {"recipe": "e4m3-delayed"}, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=r"recipe_changes.window: 4 and 8"):
         train(settings | {"recipe_changes": {"window": 8, "warmup_steps": 1}}, tmp_path / "run", resume=True)
+    Run.open(tmp_path / "run").update(processes=2)
+    with pytest.raises(ValueError, match=r"processes: 2 and 1"):
+        train(settings, tmp_path / "run", resume=True)
+    Run.open(tmp_path / "run").update(processes=1)
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 and 0.002"):
         train(settings | {"learning_rate": 2e-3}, tmp_path / "run", resume=True)
     text = tmp_path / "text.jsonl"

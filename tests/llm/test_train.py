@@ -164,6 +164,26 @@ def test_saturation_stops_the_run(tmp_path: Path) -> None:
     assert not (run.path / "model").exists()
 
 
+def test_saturation_falls_back_and_says_so(tmp_path: Path) -> None:
+    settings = {"every": 2, "policy": "fallback", "options": {"stale": 1e-6}}
+    with pytest.warns(fp8kernels.FallbackWarning):
+        run = train(config(tmp_path, steps=4, save_every=0, saturation=settings), tmp_path / "run")
+    assert run.info["status"] == "done"
+    events = [row for row in run.rows("events") if row["kind"] == "fallback"]
+    assert events and "14 layers compute in high precision from now on" in events[0]["text"]
+    assert run.rows("log")[-1]["fp8/total/high_precision"] == 14
+
+
+def test_the_published_recipe_trains_the_mlps_of_the_middle_blocks(tmp_path: Path) -> None:
+    size = {"vocab": 300, "hidden": 32, "intermediate": 48, "layers": 7, "heads": 2, "context": 64}
+    settings = config(tmp_path, steps=2, save_every=0, model={"size": size}, recipe="hif8-qat-mlp")
+    with pytest.raises(ValueError, match="within the 500 warm-up steps"):
+        train(settings | {"recipe_changes": {}}, tmp_path / "run")
+    run = train(settings | {"recipe_changes": {"warmup_steps": 1}}, tmp_path / "run")
+    linears = ("gate_proj", "up_proj", "down_proj")
+    assert run.info["layers"] == [f"model.layers.{block}.mlp.{name}" for block in (3, 4) for name in linears]
+
+
 def test_forgetting_stops_the_run_and_names_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,9 +103,15 @@ def training_arguments(config: Config, folder: Path, *, validates: bool) -> Any:
     if config.fsdp:
         values |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
     try:
-        return TrainingArguments(**(values | config.trainer))
+        arguments = TrainingArguments(**(values | config.trainer))
     except (TypeError, ValueError) as error:
         raise ValueError(f"transformers refuses the settings: {error}") from None
+    if arguments.n_gpu > 1:  # torch's DataParallel copies the model each step, and what the copies see is lost
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs; start {arguments.n_gpu} of them (torchrun --nproc-per-node=…, "
+            "accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 def shards(arguments: Any) -> bool:

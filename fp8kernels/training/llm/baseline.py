@@ -23,13 +23,13 @@ def differences(first: dict[str, Any], second: dict[str, Any], *, but: tuple[str
     ]
 
 
-def check_resume(run: Run, config: dict[str, Any], data: dict[str, Any]) -> None:
+def check_resume(run: Run, config: dict[str, Any], data: dict[str, Any], processes: int) -> None:
     """Whether a run may go on with a configuration and data.
 
     raises   ValueError naming the differences
     """
     changed = differences(run.info.get("config", {}), config, but=HOUSEKEEPING + POLICY)
-    changed += data_differences(run.info.get("data", {}), data)
+    changed += data_differences(run.info.get("data", {}), data) + _processes(run, processes)
     if changed:
         raise ValueError(
             f"{run.path} was begun with other settings than those given now (then and now):\n  "
@@ -38,7 +38,7 @@ def check_resume(run: Run, config: dict[str, Any], data: dict[str, Any]) -> None
         )
 
 
-def read_baseline(path: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[int, float]:
+def read_baseline(path: Path, config: dict[str, Any], data: dict[str, Any], processes: int) -> dict[int, float]:
     """The loss of a BF16 run by step, if it can be compared with a run of this configuration.
 
     raises   FileNotFoundError if there is no run; ValueError naming what differs but the precision, or if it is no BF16
@@ -51,6 +51,7 @@ def read_baseline(path: Path, config: dict[str, Any], data: dict[str, Any]) -> d
     differ = differences(theirs, config, but=PRECISION + HOUSEKEEPING) + data_differences(
         run.info.get("data", {}), data
     )
+    differ += _processes(run, processes)
     if differ:
         raise ValueError(
             f"baseline {path} cannot be compared with this run: they differ in more than the precision (the baseline "
@@ -67,6 +68,12 @@ def data_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     parts = ("train", "validation")
     digests = [(part, (theirs.get(part) or {}).get("digest"), (ours.get(part) or {}).get("digest")) for part in parts]
     return [f"tokens of data.{part}: digest {a!s:.12} and {b!s:.12}" for part, a, b in digests if a != b]
+
+
+def _processes(run: Run, ours: int) -> list[str]:
+    """`batch` is of each process, so their number is part of the batch."""
+    theirs = run.info.get("processes", 1)
+    return [] if theirs == ours else [f"processes: {theirs} and {ours}"]
 
 
 def near(name: str, known: list[str]) -> str:

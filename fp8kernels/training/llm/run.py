@@ -33,7 +33,7 @@ def train(config: Config | dict[str, Any] | Path | str, out: Path | str, *, resu
     except ModuleNotFoundError as error:
         raise ImportError(f"training needs {error.name}: pip install 'fp8kernels[train]'") from error
     from .prepare import prepare
-    from .ranks import rank, wait
+    from .ranks import rank, wait, world
     from .steps import take_steps
 
     config, out = read_config(config), Path(out)
@@ -41,10 +41,10 @@ def train(config: Config | dict[str, Any] | Path | str, out: Path | str, *, resu
     folder = out / CHECKPOINTS
     prepared = prepare(config, checkpoints.staging(folder))
     settings, data = config.as_dict(), prepared.reports()
-    baseline = read_baseline(config.baseline, settings, data) if config.baseline else None
+    baseline = read_baseline(config.baseline, settings, data, world()) if config.baseline else None
     start = None
     if found is not None:
-        check_resume(found, settings, data)
+        check_resume(found, settings, data, world())
         start = newest(folder)
     wait()  # all processes have looked before the first one writes
     run: Run | None = None
@@ -56,6 +56,7 @@ def train(config: Config | dict[str, Any] | Path | str, out: Path | str, *, resu
             "baseline": str(config.baseline) if config.baseline else None,
             "data": data,
             "versions": versions(),
+            "processes": world(),
             "device": str(prepared.arguments.device),
             "parameters": prepared.parameters(),
             "layers": prepared.layers,

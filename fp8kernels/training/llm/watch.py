@@ -31,15 +31,22 @@ def saturation_watch(model: nn.Module, settings: SaturationSettings) -> Saturati
         raise ValueError(f"saturation.options: {error}") from None
 
 
+def fallen(model: nn.Module) -> set[str]:
+    """The names of the layers that have fallen back to high precision."""
+    return {layer.fp8_name for layer in layers(model) if layer.fp8_high}
+
+
 class Saturation(TrainerCallback):
     """Writes what a SaturationWatch has measured, and ends the run where it says so."""
 
     def __init__(self, run: Run | None, detector: SaturationWatch | None, ending: Ending) -> None:
         self.run, self.detector, self.ending = run, detector, ending
         self.state_before: dict[str, Any] | None = None
+        self.high: set[str] = set()  # layers that have fallen back
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         """A checkpoint is in the model by now."""
+        self.high = fallen(model)
         if self.detector is None:
             return
         if self.state_before is None:
@@ -47,11 +54,16 @@ class Saturation(TrainerCallback):
         else:
             self.detector.load_state_dict(self.state_before)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
-        """What the step's commit has measured."""
-        if self.detector is None or logs is None or "loss" not in logs:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **rest: Any
+    ) -> None:
+        """What the step's commit has measured, and which layers have changed their precision."""
+        if logs is None or "loss" not in logs:
             return
         step = state.global_step
+        self._tell_fallen(step, fallen(model))
+        if self.detector is None:
+            return
         for measured in self.detector.take():
             if self.run is not None:
                 self.run.append("layers", *measured.rows())
@@ -59,6 +71,14 @@ class Saturation(TrainerCallback):
                 self.run.append("events", *rows)
             if measured.stop is not None:
                 self.ending.stop(f"saturation: {measured.stop}", good_until=None)
+
+    def _tell_fallen(self, step: int, now: set[str]) -> None:
+        before, self.high = self.high, now
+        changes = ((now - before, "high precision from now on"), (before - now, "8 bits again"))
+        for names, what in changes:
+            if names and self.run is not None:
+                text = f"{len(names)} layers compute in {what}: {', '.join(sorted(names))}"
+                self.run.append("events", {"step": step, "kind": "fallback", "text": text})
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from, as JSON holds it."""
