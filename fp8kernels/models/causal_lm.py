@@ -8,8 +8,6 @@ are finite on a few tokens; then the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,11 @@ from torch import Tensor, nn
 from . import pangu
 from .checkpoint import AGAIN, CONFIG, FLOATS, TensorHeader, check_folder, read_config, read_headers, read_json, some
 from .linears import as_linears
-from .tokenizer import check_tokenizer, load_tokenizer
+from .tokenizer import check_tokenizer, load_tokenizer, quiet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EIGHT_BIT_STATE = "fp8_"  # how buffers of converted layers are named; convert makes them anew, a plain model has none
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # how configs call their number
 TRIAL = 4  # tokens; what comes after the first must not change its logits
 
 
@@ -47,7 +46,7 @@ def load_causal_lm(
                for what does not fit or is broken, each with the way out; ImportError naming the extra to install
     warns      UserWarning where the tokenizer looks like another model's (models/tokenizer.py)
     """
-    transformers = _transformers()
+    _transformers()
     folder = check_folder(folder)
     wanted = _dtype(dtype)
     described = read_config(folder)
@@ -56,7 +55,7 @@ def load_causal_lm(
     model_class = _model_class(folder, config)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
-    with _quiet(transformers):
+    with quiet():
         _rehearse(folder, model_class, config, headers)
         model = model_class.from_pretrained(
             folder,
@@ -133,8 +132,8 @@ def _config(folder: Path, described: dict[str, Any], headers: dict[str, TensorHe
     """The config of transformers; config.json's auto_map is not looked at."""
     import transformers
 
-    layers = described.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(headers):
+    layers = max((value for name in LAYERS if isinstance(value := described.get(name), int)), default=0)
+    if layers > len(headers):  # which would take long to build before it failed
         raise ValueError(
             f"{folder}: {CONFIG} has {layers} layers, the weights have {len(headers)} tensors in all; "
             f"one of them is another model's, or {AGAIN}"
@@ -219,21 +218,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"dtype {dtype!r} is none of {names}")
     return found
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own reports and progress: what matters of them is an error here."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the weights are quantized already ({method}); give the model in BF16, FP16 or FP32")
     if (folder / "fp8kernels.json").exists():
         raise ValueError(
-            f"{folder} holds 8-bit codes for serving (fp8kernels.json): fp8kernels.load reads those; "
+            f"{folder} holds 8-bit codes for serving (fp8kernels.json): fp8kernels.serving.load reads those; "
             "to train or compare, give the folder that it was exported from"
         )
     return config

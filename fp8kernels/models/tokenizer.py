@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     if "tokenizer.json" in found:
         read_json(folder / "tokenizer.json")
     try:
-        tokenizer = _read(folder, found, settings)
+        with quiet():
+            tokenizer = _read(folder, found, settings)
     except ImportError:
         raise
     except Exception as error:  # the parsers of these files are many, and so are their errors
@@ -92,6 +95,21 @@ def check_tokenizer(tokenizer: Any, model: Any, *, where: str = "the tokenizer")
             f"{where} has {len(tokenizer)} tokens, the model embeds {rows}: it may belong to another model",
             stacklevel=3,
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own reports and progress bars: what matters of them is an error or a warning here."""
+    logging = _transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _special_ids(model: Any, name: str) -> set[int]:

@@ -265,6 +265,14 @@ def test_tensors_that_lack_are_left_over_or_have_another_shape(folder: Path) -> 
     refused(folder, "has 1000000000 layers, the weights have 21 tensors")
 
 
+@pytest.mark.parametrize(
+    "model_type, name", [("gpt2", "n_layer"), ("gpt_neo", "num_layers"), ("llama", "num_hidden_layers")]
+)
+def test_a_number_of_layers_that_nobody_has(model_type: str, name: str, folder: Path) -> None:
+    edit(folder / "config.json", model_type=model_type, **{name: 10**12})
+    refused(folder, "has 1000000000000 layers, the weights have 21 tensors")
+
+
 def test_a_tied_head_is_not_missing_and_an_untied_one_is(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     refused(folder, "lack 1 .*'lm_head.weight'")
