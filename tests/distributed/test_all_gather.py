@@ -31,6 +31,7 @@ from fp8kernels.nn.sharded import CodeShard
 DELAYED = Recipe("delayed", Role("e4m3"), Role("e4m3"), Role("e5m2"))
 CURRENT = Recipe("current", Role("e4m3", "current"), Role("e4m3", "current"))
 HIF8 = Recipe("hif8", Role("hif8"), Role("hif8"))
+CUT = Recipe("cut", Role("hif8", clamp=True), Role("hif8", clamp=True), window=1, interval=2)
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # what FSDP calls
 
 
@@ -83,7 +84,15 @@ def shard(found: Any) -> Tensor:
 def train_alike(rank: int) -> None:
     half = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     kept = {"reshard_after_forward": False}
-    for recipe, how in ((DELAYED, {}), (DELAYED, half), (CURRENT, {}), (CURRENT, half), (HIF8, half), (HIF8, kept)):
+    for recipe, how in (
+        (DELAYED, {}),
+        (DELAYED, half),
+        (CURRENT, {}),
+        (CURRENT, half),
+        (HIF8, half),
+        (HIF8, kept),
+        (CUT, half),
+    ):
         reference, found = sharded(recipe, codes=False, **how), sharded(recipe, codes=True, **how)
         assert train(found, rank) == train(reference, rank), (recipe, how)
         same_models(found, reference)
@@ -272,6 +281,7 @@ def test_without_shards_it_is_an_ordinary_parameter() -> None:
     [
         (Recipe("row", Role("e4m3", "current", "row"), Role("e4m3", "current", "row")), "'row' block"),
         (DELAYED.replace(warmup_steps=2), "warmup_steps=2"),
+        (DELAYED.replace(straight_through="clipped"), "straight_through='clipped'"),
         (DELAYED.replace(alarm=Alarm(policy="fallback")), "policy='warn'"),
     ],
 )

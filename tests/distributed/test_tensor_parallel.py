@@ -33,6 +33,7 @@ E4M3 = Recipe("delayed", Role("e4m3"), Role("e4m3"), Role("e5m2"), power_of_two=
 CURRENT = Recipe("current", Role("e4m3", **now), Role("e4m3", **now), Role("e5m2", **now), power_of_two=True)
 HIF8 = Recipe("hif8", Role("hif8"), Role("hif8"), Role("hif8"))
 STRAIGHT = Recipe("straight", Role("hif8"), Role("hif8"), power_of_two=True)
+CUT = Recipe("cut", *[Role("hif8", clamp=True)] * 3, power_of_two=True, window=1, interval=2)
 
 
 class Grid(torch.autograd.Function):
@@ -114,7 +115,7 @@ def train(found: nn.Module, part: Any = lambda x: x, seed: int = 0, steps: int =
 def train_alike(rank: int) -> None:
     count = dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
-    for recipe in (E4M3, CURRENT, HIF8.replace(power_of_two=True), STRAIGHT):
+    for recipe in (E4M3, CURRENT, HIF8.replace(power_of_two=True), STRAIGHT, CUT):
         want = train(reference := alone(recipe))
         for sequence in (False, True):
             part = (lambda x: x.chunk(count, 1)[rank]) if sequence else (lambda x: x)
