@@ -14,6 +14,7 @@ from . import outcomes
 from .rows import Study
 from .settings import Settings
 
+PUBLISHED_APE = 0.12  # percent, of the steps in 8 bits, from the published logs
 AROUND = (8, 48)  # steps before and after the outlier that are drawn
 
 
@@ -53,6 +54,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def _overview(plt: Any, made: Study) -> Any:
     """APE and exam drop of every HiF8 setting with its intervals, in the order of the experiments."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     listed = [Settings(**made.grid["centre"])]
     for variants in made.grid["experiments"].values():
         listed += [one for one in (Settings(**variant) for variant in variants) if not one.spike]
@@ -72,6 +75,11 @@ def _overview(plt: Any, made: Study) -> Any:
         axis.set_xlabel(label)
         axis.grid(axis="x", linewidth=0.3)
     axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes[0].xaxis.set_minor_locator(NullLocator())
+    axes[0].axvline(PUBLISHED_APE, color="tab:red", linewidth=0.8, linestyle=":", label="published")
+    axes[0].legend(fontsize=6)
     axes[1].axvline(0, color="black", linewidth=0.6)
     axes[0].set_yticks(places, [_short(one.settings) for one in found])
     return figure
@@ -91,9 +99,9 @@ def _forgetting(plt: Any, made: Study) -> Any:
                     points.append((settings.learning_rate, float(np.mean(accuracy))))
             if points:
                 rates, accuracies = zip(*sorted(points), strict=True)
-                axis.plot(
-                    rates, accuracies, style, marker="o", markersize=3, color=colour, label=f"{precision}, {labels}"
-                )
+                size = {"bf16": 6, "hif8": 3}[precision]  # both are seen where they lie on each other
+                axis.plot(rates, accuracies, style, marker="o", markersize=size, linewidth=size / 3, color=colour)
+                axis.lines[-1].set_label(f"{precision}, {labels}")
                 drawn = True
     if not drawn:
         plt.close(figure)

@@ -67,8 +67,10 @@ def redraw(folder: Path) -> Path:
 def page_text(made: Study, figures: Iterable[str]) -> str:
     """The page in Markdown; figures are names of files in study/."""
     centre = Settings(**made.grid["centre"])
+    judged = claims.judge(made, centre)
     words = numbers(made, centre) | {
-        "claims_table": claims_table(made, centre),
+        "claims_table": claims_table(judged),
+        "verdicts": ", ".join(f"{sum(one.verdict == word for one in judged)} {word}" for word in claims.VERDICTS),
         "figures": "\n\n".join(f"![{name.removesuffix('.svg').replace('-', ' ')}](study/{name})" for name in figures),
         "experiments": "\n\n".join(experiments(made, centre)),
         "forgetting_table": forgetting_table(made),
@@ -120,14 +122,14 @@ def numbers(made: Study, centre: Settings) -> dict[str, Any]:
     }
 
 
-def claims_table(made: Study, centre: Settings) -> str:
+def claims_table(judged: list[claims.Judged]) -> str:
     """Claim, published numbers, ours, verdict."""
     lines = ["| claim | they report | measured here | interval | claimed | verdict |", "|---|---|---|---|---|---|"]
-    for judged in claims.judge(made, centre):
-        claim = judged.claim
+    for one in judged:
+        claim = one.claim
         bound = f"{'<' if claim.below else '>'} {claim.bound:g}"
-        found = "did not run" if judged.found is None else _interval(judged.found, 3)
-        lines.append(f"| {claim.text} | {claim.reported} | {claim.effect} | {found} | {bound} | **{judged.verdict}** |")
+        found = "did not run" if one.found is None else _interval(one.found, 3)
+        lines.append(f"| {claim.text} | {claim.reported} | {claim.effect} | {found} | {bound} | **{one.verdict}** |")
     return "\n".join(lines)
 
 
