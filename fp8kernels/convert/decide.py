@@ -56,6 +56,8 @@ def decide(model: nn.Module, recipe: Recipe, keep: Filter | None = None) -> list
     plain_attention: set[int] = set()  # out-projections of attention that stays: its forward goes past the layer
     for name, module in model.named_modules():
         if not _is_candidate(module):
+            if stack := _stack(module):
+                out.append(Decision(name, module, None, f"{stack}: a stack of weights, which 8-bit layers cannot take"))
             continue
         stays = next((reason for prefix, reason in blocks.items() if f"{name}.".startswith(prefix)), None)
         decision = decide_layer(name, module, recipe, keep, adapters.origin(model, name), stays)
@@ -141,3 +143,13 @@ def _weight_shapes(module: nn.Module) -> list[tuple[int, int]]:
 
 def _is_candidate(module: nn.Module) -> bool:
     return isinstance(module, (*CANDIDATES, scaled.ScaledLayer))
+
+
+def _stack(module: nn.Module) -> str | None:
+    """The parameters of a module that are weights of several layers in one, such as experts [E, N, K]; or None."""
+    found = [
+        f"{name} {list(p.shape)}"
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and min(p.shape) > 1
+    ]
+    return ", ".join(found) or None
