@@ -36,6 +36,12 @@ NAMED = 8  # tensors that one message names, the worst first
 HUGE = 64.0  # times: what overshoots by more is an accident, for which no head-room is advised
 
 
+BLIND = (
+    "step {step}: SaturationWatch saw no tensor. What torch.compile or a CUDA graph has captured cannot be looked at: "
+    "run the model uncompiled, or rely on the counters (recipe.Alarm, log_to), which go on"
+)
+
+
 class SaturationStop(SaturationError):
     """A tensor has outgrown its scale, and the watch's policy is "stop"; the optimizer step was completed."""
 
@@ -79,8 +85,8 @@ class SaturationWatch:
     raises       ValueError if the model has no 8-bit layers, or for arguments out of range
 
     Training is not changed by a bit. All micro-batches of a measured step are looked at, in training mode only, each
-    rank its own; what torch.compile or a CUDA graph has captured cannot be looked at. A step that is measured takes
-    longer: a few passes over every tensor.
+    rank its own. What torch.compile or a CUDA graph has captured cannot be looked at, which is warned of where nothing
+    else is. A step that is measured takes longer: a few passes over every tensor.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class SaturationWatch:
         self._sums: dict[tuple[int, int], list[Tensor]] = {}  # by place in `layers(model)` and role
         self._places: dict[int, int] = {}  # by the identity of a layer's kept codes, which its stand-ins share
         self._rounds: list[bool] = []
+        self._blind = False  # whether it was said that nothing can be looked at
         self._step, self._generation = 0, -1
         after_commit.append(self._after_commit)
         weakref.finalize(model, self.remove).atexit = False
@@ -193,8 +200,11 @@ class SaturationWatch:
 
     def _finish(self, model: nn.Module) -> str | None:
         """Read what was summed, keep it, act; returns why to stop."""
-        found, self._step = layers(model), steps_of(model)
+        found, expected, self._step = layers(model), self._step, steps_of(model)
         sums, self._sums = self._sums, {}
+        if not sums and self._step == expected and not self._blind:  # the layers saw something, and this did not
+            self._blind = True
+            warnings.warn(BLIND.format(step=expected), SaturationWarning, stacklevel=2)
         read: list[tuple[ScaledLayer, TensorReading]] = []
         if sums:
             keys = sorted(sums)

@@ -301,8 +301,9 @@ def test_fallback_is_saved_resumed_and_left_again() -> None:
     scaled(model[2], 64.0)
     one_step(model, optimizer, 1)
     assert [layer.fp8_high for layer in layers(model)] == [False, False]
-    with pytest.warns(FallbackWarning, match="2: falls back to high precision, as it was asked to: 2: "):
+    with pytest.warns(FallbackWarning) as told:
         one_step(model, optimizer, 2)  # all ranks act at a commit, and this is the next one
+    assert any("2: falls back to high precision, as it was asked to: 2: " in str(w.message) for w in told)
     assert [layer.fp8_high for layer in layers(model)] == [True, True]
 
     saved, memory = copy.deepcopy(model.state_dict()), watch.state_dict()
@@ -387,6 +388,21 @@ def test_what_is_not_looked_at() -> None:
     one_step(model, optimizer, 2)
     assert not watch.take()
     assert not observers
+
+
+def test_a_watch_that_can_see_nothing_says_so() -> None:
+    model = net(HIF8.replace(grad=None))
+    optimizer, watch = optimizer_of(model), SaturationWatch(model, every=1)
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for n in range(3):
+            compiled(batch(n)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    said = [str(w.message) for w in told if issubclass(w.category, SaturationWarning)]
+    assert len(said) == 1 and "step 1: SaturationWatch saw no tensor" in said[0]
+    assert [m.step for m in watch.take()] == [1, 2, 3]
 
 
 def test_bad_arguments_say_what_is_wrong() -> None:
