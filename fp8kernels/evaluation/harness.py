@@ -53,6 +53,7 @@ def ask(lm: Any, task: Task, *, key: str, limit: int | None = None) -> Answers:
     key    kept with the answers
     limit  documents of each part, from the first; None: all
     """
+    from jinja2 import TemplateError
     from lm_eval import evaluate
 
     documents, versions, shots = [], set(), task.shots
@@ -66,6 +67,8 @@ def ask(lm: Any, task: Task, *, key: str, limit: int | None = None) -> Answers:
                     f"task {name!r}: lm-eval cannot ask one of its documents: an answer adds no token to its prompt, "
                     f"or is longer than the model's context of {lm.max_length} tokens ({error})"
                 ) from error
+            except TemplateError as error:
+                raise ValueError(f"task {name!r}: its template does not fit its documents: {error}") from error
             samples = found["samples"][name]
             if not samples:
                 raise ValueError(f"task {name!r} has no documents")

@@ -73,14 +73,14 @@ class Subject:
         from ..integrations.trained import load_trained
 
         model, tokenizer = load_trained(self.folder, eight_bit=self.trained)
+        if torch.cuda.is_available():
+            model.cuda()
         if self.recipe is not None and not self.trained:
             convert(model, self.recipe, verbose=False)
             if self.calibrate is not None:
                 _calibrate(model, tokenizer, self.calibrate)
         if self.trained:
-            _warn_of_cold_layers(model, self.folder)
-        if torch.cuda.is_available():
-            model.cuda()
+            warn_of_cold_layers(model, self.folder)
         return model.eval().requires_grad_(False), tokenizer
 
 
@@ -113,8 +113,7 @@ def open_subject(
         )
     if (folder / MANIFEST).is_file():
         raise ValueError(
-            f"{folder} holds {MANIFEST}: it serves, or is trained on; evaluate its run, or the model that "
-            f"it was exported from"
+            f"{folder} is a checkpoint for serving ({MANIFEST}): evaluate its run, or the model that it was made of"
         )
     trained = _trained_with(folder)
     if fmt is not None:
@@ -180,7 +179,8 @@ def _calibrate(model: Any, tokenizer: Any, path: Path) -> None:
     commit(model)
 
 
-def _warn_of_cold_layers(model: Any, folder: Path) -> None:
+def warn_of_cold_layers(model: Any, folder: Path) -> None:
+    """A warning if layers that the recipe makes 8-bit compute in high precision all the same."""
     found = layers(model)
     cold = [layer.fp8_name for layer in found if not layer.fp8_on]
     if cold:

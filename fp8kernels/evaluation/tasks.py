@@ -52,8 +52,8 @@ class Catalogue:
         """A task or group by its name, with its data.
 
         shots    None: as published for MMLU, HellaSwag, ARC and GSM8K, as the task says for others
-        raises   ValueError for a name that there is not, with near ones; FileNotFoundError if its data are not there,
-                 with what was looked for and how to get it
+        raises   ValueError for a name that there is not, with near ones, or a task that cannot be read;
+                 FileNotFoundError if its data are not there, with what was looked for and how to get it
         """
         manager = self._local
         if name not in manager.task_index:  # lm-eval's own ten thousand files take seconds to read
@@ -67,7 +67,7 @@ class Catalogue:
         try:
             with quiet():
                 loaded = manager.load([name])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a task file may hold anything, and lm-eval and datasets raise anything
             raise _no_data(name, entry, manager, error) from None
         wanted = SHOTS.get(name) if shots is None else shots
         for part in loaded["tasks"].values():
@@ -192,11 +192,13 @@ def _anchor(entry: Any) -> None:
 
 def _no_data(name: str, entry: Any, manager: Any, error: Exception) -> Exception:
     """The error for a task that does not load, with the way out."""
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    cause = error.__cause__ or error.__context__ or error  # datasets wraps what it found in "an error occurred"
+    words = str(error if isinstance(error, OSError) else cause).strip().splitlines()
+    reason = f"{type(cause).__name__}: {words[0] if words else ''}".removesuffix(": ")
     config = _first_config(entry, manager)
     source = config.get("dataset_path")
     if not isinstance(error, OSError):
-        return ValueError(f"task {name!r} does not load: {reason}")
+        return ValueError(f"task {name!r} does not load; its file or its data are not what lm-eval reads ({reason})")
     if source in LOCAL:
         files = (config.get("dataset_kwargs") or {}).get("data_files")
         return FileNotFoundError(
