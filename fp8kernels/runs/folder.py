@@ -43,13 +43,21 @@ class Run:
         raises   FileExistsError if the folder holds a run already
         """
         path = Path(path)
+        cls.refuse_used(path)
+        run = cls(path, {})
+        run.update(**({"name": path.name, "status": "running", "reason": None, "started": now()} | fields))
+        return run
+
+    @staticmethod
+    def refuse_used(path: Path) -> None:
+        """What `create` asks of a folder, for those who have minutes of loading before it.
+
+        raises   FileExistsError if there is a run, or anything else
+        """
         if (path / INFO).exists():
             raise FileExistsError(f"{path} holds a run already; resume it, or give another folder")
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise FileExistsError(f"{path} exists and holds no run; give another folder, or empty this one")
-        run = cls(path, {})
-        run.update(**({"name": path.name, "status": "running", "reason": None, "started": now()} | fields))
-        return run
 
     @classmethod
     def open(cls, path: Path | str) -> Run:

@@ -104,6 +104,8 @@ def test_what_is_no_run_is_not_resumed_and_a_run_is_not_overwritten(tmp_path: Pa
     Run.create(tmp_path / "there")
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(config(tmp_path), tmp_path / "there")
+    with pytest.raises(FileExistsError, match="exists and holds no run"):
+        train(config(tmp_path), tmp_path / "source")
 
 
 def test_a_half_checkpoint_is_never_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,7 @@ def train(config: Config | dict[str, Any] | Path | str, out: Path | str, *, resu
 def _found(out: Path, *, resume: bool) -> Run | None:
     """The run to go on with, if one is to be resumed; before minutes of loading."""
     if not resume:
-        if (out / "run.json").exists():
-            raise FileExistsError(f"{out} holds a run already; resume it, or give another folder")
+        Run.refuse_used(out)
         return None
     run = Run.open(out)
     if run.info.get("status") == "done":
