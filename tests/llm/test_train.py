@@ -81,6 +81,7 @@ def test_what_was_trained_loads_plain_and_in_8_bits(
     folder = run.path / "model"
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert "fp8" not in caplog.text and type(plain).__name__ == "LlamaForCausalLM"
+    assert plain.config.use_cache  # generation is not to pay for training
     assert not layers(plain) and AutoTokenizer.from_pretrained(folder).vocab_size == 300
     model, tokenizer = load_trained(run.path)
     assert [layer.fp8_name for layer in layers(model)] == run.info["layers"] and not model.training

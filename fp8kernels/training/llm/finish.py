@@ -18,7 +18,7 @@ from .ranks import rank
 ADAPTER = "adapter"
 
 
-def save_trained(trainer: Any, tokenizer: Any, folder: Path, recipe: dict[str, Any]) -> None:
+def save_trained(trainer: Any, tokenizer: Any, folder: Path, recipe: dict[str, Any], *, use_cache: bool) -> None:
     """Write model and tokenizer as transformers loads them, and the scaling state and the recipe beside them.
 
     Weights are those that the optimizer stepped, in their dtype. Adapters are merged into the weights, and lie in
@@ -34,6 +34,7 @@ def save_trained(trainer: Any, tokenizer: Any, folder: Path, recipe: dict[str, A
             model.save_pretrained(staged / ADAPTER, state_dict=plain_state)
             model = model.merge_and_unload()
             state = model.state_dict()
+        model.config.use_cache = use_cache
         assert isinstance(model, nn.Module)
         save: Any = model.save_pretrained
         save(staged, state_dict=without_state(state))

@@ -35,6 +35,7 @@ class Prepared:
     layers  the names of the 8-bit layers
     items   of the probe
     watch   the detector of saturation, on the model already
+    use_cache  what the model's config says of keys and values in generation; off while training
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Prepared:
     layers: list[str]
     items: list[Item]
     watch: SaturationWatch | None
+    use_cache: bool
 
     def reports(self) -> dict[str, Any]:
         """What the data are, for run.json."""
@@ -78,6 +80,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
             "GPUs, with torchrun --nproc-per-node=… or accelerate launch, or set fsdp: false"
         )
     model, tokenizer = build_plain(config, lambda: _texts(config))
+    use_cache, model.config.use_cache = getattr(model.config, "use_cache", True), False
     data = load_data(
         config.data.train,
         tokenizer,
@@ -97,7 +100,7 @@ def prepare(config: Config, staging: Path) -> Prepared:
     layers = make_eight_bit(model, recipe)
     model = add_adapters(model, config.lora)
     watch = saturation_watch(model, config.saturation)
-    return Prepared(config, recipe, arguments, order, model, tokenizer, data, layers, items, watch)
+    return Prepared(config, recipe, arguments, order, model, tokenizer, data, layers, items, watch, use_cache)
 
 
 def check_warm_up(recipe: Recipe | None, steps: int) -> None:

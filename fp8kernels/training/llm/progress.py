@@ -1,4 +1,4 @@
-"""One line about a running training, on a terminal only."""
+"""One line about a running training: it moves on a terminal, and is written now and then into a log or a pipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .ranks import rank
 from .record import Recorder
 
 LOG = logging.getLogger("fp8kernels")
+WRITTEN = 20  # lines of a run where nobody looks at a terminal
 
 
 def tell(text: str) -> None:
@@ -48,7 +49,7 @@ class ProgressLine(TrainerCallback):
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Nothing is shown where nobody looks."""
+        """A bar where somebody looks."""
         shown = console()
         if rank() or not shown.is_terminal:
             return
@@ -63,9 +64,12 @@ class ProgressLine(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """The row of a step is made after its end, so the line tells of the step before."""
-        if self.progress is not None and state.global_step % self.every == 0:
+        step, steps = state.global_step, state.max_steps
+        if self.progress is not None and step % self.every == 0:
             text = line(self.recorder.last, self.accuracy)
-            self.progress.update(self.progress.task_ids[0], completed=state.global_step, description=text)
+            self.progress.update(self.progress.task_ids[0], completed=step, description=text)
+        elif self.progress is None and not rank() and step * WRITTEN // steps > (step - 1) * WRITTEN // steps:
+            console().print(f"{step:>6}/{steps}  {line(self.recorder.last, self.accuracy)}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """The line stays as it is."""

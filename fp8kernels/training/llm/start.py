@@ -42,7 +42,6 @@ def build_plain(config: Config, texts: Any) -> tuple[Any, Any]:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence > context:
         raise ValueError(f"data.sequence={config.data.sequence} is longer than the model's context of {context} tokens")
-    model.config.use_cache = False
     return model, tokenizer
 
 

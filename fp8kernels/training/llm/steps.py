@@ -92,7 +92,9 @@ def take_steps(
     else:
         try:
             with no_bars():
-                save_trained(trainer, prepared.tokenizer, out / MODEL, recipe_entry(config))
+                save_trained(
+                    trainer, prepared.tokenizer, out / MODEL, recipe_entry(config), use_cache=prepared.use_cache
+                )
         except Exception as error:  # each library that writes has errors of its own
             failed = checkpoints.CheckpointError(f"the trained model could not be written: {error}")
             _broken(run, failed, folder)
