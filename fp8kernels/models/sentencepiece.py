@@ -14,7 +14,7 @@ from typing import Any
 
 SPACE = "▁"  # how sentencepiece writes a space
 BPE, UNIGRAM = 2, 1  # model_type in the file
-CONTROL, USER_DEFINED = 3, 4  # types of a piece in the file
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of a piece in the file
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAMPLES = (
     "The patient was seen on 12/03/2024, at 08:15.",
@@ -82,7 +82,7 @@ def _model(proto: Any) -> Any:
     kind, pieces = proto.trainer_spec.model_type, proto.pieces
     fallback = bool(proto.trainer_spec.byte_fallback)
     if kind == UNIGRAM:
-        unknown = next(number for number, piece in enumerate(pieces) if piece.type == CONTROL - 1)
+        unknown = next(number for number, piece in enumerate(pieces) if piece.type == UNKNOWN)
         return models.Unigram([(piece.piece, piece.score) for piece in pieces], unknown, byte_fallback=fallback)
     if kind != BPE:
         raise ValueError(f"model_type {kind} of sentencepiece is neither BPE nor unigram")
