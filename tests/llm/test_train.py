@@ -284,6 +284,7 @@ def test_a_new_model_by_its_size_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert len(untimed(Run.open(out))) == 2
+    assert "2/2  loss" in result.output, "a log or a pipe gets lines in place of the bar"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "holds a run already" in result.output
     result = CliRunner().invoke(app, [*arguments, "--set", "stepps=2"])
