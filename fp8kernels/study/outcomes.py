@@ -121,6 +121,14 @@ def forgotten(study: Study, settings: Settings, *, level: float = LEVEL) -> Inte
     return of_items([100 * (right(study.base["exam"]) - right(row["exam"])) for row in rows], level)
 
 
+def learnt(study: Study, settings: Settings, *, level: float = LEVEL) -> Interval | None:
+    """Held-out loss of the base less that after the run, in nats: what training on text did for text."""
+    rows = list(study.runs.get(settings, {}).values())
+    if not rows:
+        return None
+    return interval([np.subtract(study.base["validation"], row["validation"]) for row in rows], level)
+
+
 def interval(curves: Sequence[Values], level: float, *, block: int = 1) -> Interval:
     """The mean over seeds (equally long lists), with the bootstrap's interval over steps, blocks or items."""
     mean = np.mean(np.asarray(curves, dtype=np.float64), axis=0)

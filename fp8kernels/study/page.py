@@ -183,15 +183,19 @@ def forgetting_table(made: Study) -> str:
         if one == Settings(one.precision, learning_rate=one.learning_rate, labels=one.labels, master=one.master)
     ]
     chosen.sort(key=lambda one: (one.labels, not one.master, one.learning_rate, one.precision))
-    lines = ["| precision | learning rate | labels | weights | exam | gone, points |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| precision | learning rate | labels | weights | exam | gone, points | learnt of the text, nats |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for settings in chosen:
         rows = list(made.runs[settings].values())
-        gone = outcomes.forgotten(made, settings)
+        gone, learnt = outcomes.forgotten(made, settings), outcomes.learnt(made, settings)
         accuracy = sum(outcomes.right(row["exam"]).mean() for row in rows) / len(rows)
-        assert gone is not None
+        assert gone is not None and learnt is not None
+        weights = "fp32" if settings.master else "BF16"
         lines.append(
-            f"| {settings.precision} | {settings.learning_rate:g} | {settings.labels} | "
-            f"{'fp32' if settings.master else 'BF16'} | {accuracy:.1%} | {_interval(gone, 2)} |"
+            f"| {settings.precision} | {settings.learning_rate:g} | {settings.labels} | {weights} | {accuracy:.1%} | "
+            f"{_interval(gone, 2)} | {_interval(learnt, 3)} |"
         )
     return "\n".join(lines)
 

@@ -217,7 +217,8 @@ def made_up(*, error: float, wrong: int) -> Study:
         for seed in (1, 2)
         for row, changes in ((plain, {"precision": "bf16"}), (other, {}))
     ]
-    return study({}, {"exam": "1" * 320 + "0" * 80, "exam_before": "0" * items, "cloze": "1" * items}, rows)
+    base = {"exam": "1" * 320 + "0" * 80, "exam_before": "0" * items, "cloze": "1" * items}
+    return study({}, base | {"validation": [2.5, 2.6, 2.7]}, rows)
 
 
 def test_outcomes_of_known_rows() -> None:
@@ -233,6 +234,9 @@ def test_outcomes_of_known_rows() -> None:
     assert found.p_value == pytest.approx(2 * 0.5**40)
     assert found.differing == pytest.approx(0.1)
     assert found.lost.mean == pytest.approx(15.0)
+    learnt = outcomes.learnt(made_up(error=0.5, wrong=40), Settings())
+    assert learnt is not None
+    assert learnt.mean == pytest.approx(0.49)
 
 
 def test_a_lower_loss_is_an_error_with_a_negative_bias() -> None:
