@@ -10,6 +10,8 @@ import torch
 
 from ..convert import convert
 from ..models.causal_lm import load_causal_lm
+from ..nn.fallback import allow_fallback
+from ..nn.roots import layers
 from ..runs.precision import EIGHT_BIT, RECIPE, load_eight_bit, recipe_of
 
 MODEL = "model"  # of a run's folder
@@ -17,6 +19,8 @@ MODEL = "model"  # of a run's folder
 
 def load_trained(folder: Path | str, *, eight_bit: bool = True, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The trained model of a run and its tokenizer, in evaluation mode; 8-bit layers as they were trained.
+
+    What had fallen back to high precision when the run ended computes so here, too.
 
     folder     a run's folder, its model/, or any folder with a causal LM: that one has no recipe and stays plain
     eight_bit  False: the weights alone, in high precision
@@ -35,4 +39,5 @@ def load_trained(folder: Path | str, *, eight_bit: bool = True, dtype: torch.dty
         assert recipe is not None
         convert(model, recipe, verbose=False)
         load_eight_bit(model, folder / EIGHT_BIT)
+        allow_fallback([layer for layer in layers(model) if int(layer.fp8_fallback[0]) > 0])
     return model.eval(), tokenizer

@@ -81,4 +81,6 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
         train(config(tmp_path, fsdp=True), tmp_path / "run")
     with pytest.raises(ValueError, match="label_smoothing_factor does not go with fsdp"):
         train(config(tmp_path, fsdp=True, trainer={"label_smoothing_factor": 0.1}), tmp_path / "run")
+    with pytest.raises(ValueError, match="lora with fsdp"):
+        train(config(tmp_path, fsdp=True, lora={"r": 2}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

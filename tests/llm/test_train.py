@@ -29,11 +29,13 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def test_a_run_beside_its_baseline(tmp_path: Path) -> None:
+def test_a_run_beside_its_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = train(config(tmp_path, recipe=None, recipe_changes={}), tmp_path / "bf16")
     run = train(config(tmp_path, baseline=str(tmp_path / "bf16")), tmp_path / "hif8")
     assert plain.info["status"] == run.info["status"] == "done" and run.info["reason"] is None
     rows, base = run.rows("log"), plain.rows("log")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"     6/6  loss {rows[-1]['loss']:.4f}") and f"APE {rows[-1]['ape']:.2f} %" in last
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row, other in zip(rows, base, strict=True):
         assert row["ape"] == pytest.approx(100 * abs(row["loss"] - other["loss"]) / other["loss"])

@@ -70,6 +70,10 @@ def prepare(config: Config, staging: Path) -> Prepared:
     """
     recipe = recipe_of(config.recipe, config.recipe_changes)
     check_warm_up(recipe, config.steps)
+    if config.fsdp and config.lora:
+        raise ValueError(
+            "lora with fsdp: adapters are merged after training, over shards that is not done; set one of them"
+        )
     items = read_items(config.probe.items) if config.probe else []
     if config.probe and config.probe.policy == "fallback" and recipe is None:
         raise ValueError("probe.policy='fallback' needs 8-bit layers to fall back from, and recipe is null")

@@ -59,17 +59,16 @@ class ProgressLine(TrainerCallback):
         self.progress.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
-        """The probe's accuracy stays on the line until it is asked again."""
-        self.accuracy = (logs or {}).get("probe/accuracy", self.accuracy)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """The row of a step is made after its end, so the line tells of the step before."""
+        """The row of this step stands; the probe's accuracy stays on the line until it is asked again."""
+        if logs is None or "loss" not in logs:
+            return
+        self.accuracy = logs.get("probe/accuracy", self.accuracy)
         step, steps = state.global_step, state.max_steps
+        text = line(self.recorder.last, self.accuracy)
         if self.progress is not None and step % self.every == 0:
-            text = line(self.recorder.last, self.accuracy)
             self.progress.update(self.progress.task_ids[0], completed=step, description=text)
         elif self.progress is None and not rank() and step * WRITTEN // steps > (step - 1) * WRITTEN // steps:
-            console().print(f"{step:>6}/{steps}  {line(self.recorder.last, self.accuracy)}", highlight=False)
+            console().print(f"{step:>6}/{steps}  {text}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """The line stays as it is."""
