@@ -33,7 +33,8 @@ LOG = logging.getLogger("fp8kernels")
 UNSEEN = -1.0  # the fraction of a role without elements in this step
 ASKED = float("inf")  # the fractions of a layer that was asked to fall back
 
-_reasons: weakref.WeakKeyDictionary[ScaledLayer, str] = weakref.WeakKeyDictionary()  # of layers that were asked
+_asked: weakref.WeakKeyDictionary[ScaledLayer, str] = weakref.WeakKeyDictionary()  # until the commit that counts it
+_reasons: weakref.WeakKeyDictionary[ScaledLayer, str] = weakref.WeakKeyDictionary()  # from there until it is acted on
 _told: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()  # layers whose fall was warned of
 
 
@@ -56,6 +57,8 @@ def allow_fallback(found: list[ScaledLayer]) -> None:
         alarm = layer.fp8_recipe.alarm
         if alarm.policy != "fallback":
             layer.fp8_recipe = layer.fp8_recipe.replace(alarm=replace(alarm, policy="fallback"))
+            if not layer.fp8_counters.is_meta:
+                layer.fp8_counted.copy_(layer.fp8_counters)  # what saturated before it was asked for is no evidence
         if not layer.fp8_scale.is_meta:
             layer.fp8_sync_step()
     states.moved()
@@ -63,7 +66,12 @@ def allow_fallback(found: list[ScaledLayer]) -> None:
 
 def ask_for_fallback(layer: ScaledLayer, reason: str) -> None:
     """Have a layer with that policy compute in high precision from its next commit on, for `recover` or more."""
-    _reasons[layer] = reason
+    _asked[layer] = reason
+
+
+def asked(found: list[ScaledLayer]) -> dict[str, str]:
+    """The reasons of layers that were asked and not committed since, by the layers' names: no state has them."""
+    return {layer.fp8_name: _asked[layer] for layer in found if layer in _asked}
 
 
 class Fallback:
@@ -99,9 +107,11 @@ class Fallback:
         elements, saturated = step[..., 0], step[..., 1]
         fractions = torch.where(self.excused, 0.0, saturated.float() / elements.clamp(min=1))
         self.fractions.copy_(torch.where(elements > 0, fractions, UNSEEN))
-        for row, layer in enumerate(self.layers):
-            if layer in _reasons:
-                self.fractions[row] = ASKED
+        if _asked and not _capturing(self.fractions):  # a graph would ask at each replay
+            for row, layer in enumerate(self.layers):
+                if layer in _asked:
+                    _reasons[layer] = _asked.pop(layer)
+                    self.fractions[row] = ASKED
 
     def decide(self) -> None:
         """Take the evidence in; the scales must still be those that the step was computed with."""
@@ -110,7 +120,7 @@ class Fallback:
         torch._foreach_copy_(self.state, list(new))
         evidence = [self.fractions, torch.stack(self.pending), torch.stack(self.scale)]
         decided = torch.cat([new[:, :1].float(), *evidence], 1)
-        if decided.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(decided):
             return  # a replay runs no Python: there nothing acts on it
         self.decided, self.event = to_host(decided)
         if self.event is None:
@@ -118,13 +128,17 @@ class Fallback:
 
     def _act(self) -> None:
         """Let the layers compute as was decided last."""
-        if self.decided is None or (self.fractions.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.decided is None or _capturing(self.fractions):
             return
         if self.event is not None:
             self.event.synchronize()
         for layer, (high, *evidence) in zip(self.layers, self.decided.tolist(), strict=True):
             _follow(layer, bool(high), evidence)
         self.decided = self.event = None
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

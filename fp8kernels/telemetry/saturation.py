@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import state
-from ..nn.fallback import allow_fallback, ask_for_fallback
+from ..nn.fallback import allow_fallback, ask_for_fallback, asked
 from ..nn.observe import observers
 from ..nn.state import ScaledLayer
 from ..nn.step import after_commit, layers
@@ -162,11 +162,17 @@ class SaturationWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from, as JSON holds it; the layers' precision is in the model's own state."""
-        return {"in_a_row": dict(self._in_a_row), "told": sorted(self._told)}
+        model = self._model()
+        waiting = {} if model is None else asked(layers(model))  # to fall back at the next commit
+        return {"in_a_row": dict(self._in_a_row), "told": sorted(self._told), "asked": waiting}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from there; after the model's checkpoint was loaded."""
         self._in_a_row, self._told = dict(saved["in_a_row"]), set(saved["told"])
+        waiting, model = saved.get("asked", {}), self._model()
+        for layer in layers(model) if waiting and model is not None else ():
+            if layer.fp8_name in waiting:
+                ask_for_fallback(layer, waiting[layer.fp8_name])
         self.begin_step()
 
     def _drop(self) -> None:

@@ -172,10 +172,17 @@ def _sums(x: Tensor, amax: Tensor, scale: Tensor, how: _Rounding) -> Tensor:
 
 def histogram(codes: Tensor, only: Tensor | None = None) -> Tensor:
     """fp64 [256]: how often each code stands in uint8 codes, or in those of them that a mask of their shape selects."""
-    if codes.is_cuda:  # there bincount and masks wait for the device
-        number = codes.float() if only is None else torch.where(only, codes.float(), -1.0)
-        return torch.histc(number, 256, 0, 255).double()
+    if codes.is_cuda:  # there bincount and masks wait for the device, and histc is refused where torch is deterministic
+        return sorted_histogram(codes, only)
     return torch.bincount((codes if only is None else codes[only]).reshape(-1), minlength=256).double()
+
+
+def sorted_histogram(codes: Tensor, only: Tensor | None) -> Tensor:
+    """`histogram` by sorting: nothing waits, nothing is added up in an order that may change."""
+    chosen = codes.int() if only is None else torch.where(only, codes.int(), -1)
+    ordered, values = chosen.reshape(-1).sort().values, torch.arange(256, dtype=torch.int32, device=codes.device)
+    upto, below = (torch.searchsorted(ordered, values, right=right) for right in (True, False))
+    return (upto - below).double()
 
 
 def merge(parts: Sequence[Tensor]) -> Tensor:

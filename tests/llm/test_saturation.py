@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 import fp8kernels
 from fp8kernels import Alarm, FallbackWarning, Role, SaturationWarning, convert, get_recipe
 from fp8kernels.formats import FORMATS, get_format
+from fp8kernels.nn import fallback
 from fp8kernels.nn.observe import observers
 from fp8kernels.nn.step import after_commit, layers
 from fp8kernels.telemetry.precision import limits, mantissa_bits
 from fp8kernels.telemetry.saturation import SaturationStop, SaturationWatch, TensorReading
-from fp8kernels.telemetry.tensors import stride
+from fp8kernels.telemetry.tensors import histogram, sorted_histogram, stride
 
 QUIET = Alarm("ignore")  # so that what speaks is the watch
 HIF8 = get_recipe("hif8-qat").replace(alarm=QUIET).with_format(grad="hif8")
@@ -328,6 +331,45 @@ def test_fallback_is_saved_resumed_and_left_again() -> None:
     same_models(model, again)
 
 
+def asked_to_fall_back() -> tuple[nn.Module, torch.optim.SGD, SaturationWatch]:
+    """A model after step 2, which was measured: its layers are to fall back at the commit of step 3."""
+    model = net(HIF8.replace(alarm=Alarm("ignore", recover=50), algorithm="most_recent"))
+    optimizer, watch = optimizer_of(model), SaturationWatch(model, every=2, policy="fallback")
+    one_step(model, optimizer, 0)
+    scaled(model[2], 64.0)
+    one_step(model, optimizer, 1)
+    return model, optimizer, watch
+
+
+def test_what_was_asked_for_before_a_checkpoint_happens_after_it() -> None:
+    model, optimizer, watch = asked_to_fall_back()
+    saved, memory = copy.deepcopy(model.state_dict()), json.loads(json.dumps(watch.state_dict()))
+    again = net(HIF8.replace(alarm=Alarm("ignore", recover=50), algorithm="most_recent"))
+    resumed = SaturationWatch(again, every=2, policy="fallback")
+    again.load_state_dict(saved)
+    resumed.load_state_dict(memory)
+    for one, its in ((model, optimizer), (again, optimizer_of(again))):
+        with pytest.warns(FallbackWarning, match="as it was asked to: 2: "):
+            one_step(one, its, 2)
+        assert [layer.fp8_high for layer in layers(one)] == [True, True]
+    same_models(model, again)
+    assert watch.state_dict()["asked"] == {}
+
+
+def test_from_a_gpu_what_was_asked_for_happens_one_commit_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There each commit first acts on the decision of the one before, which does not answer what was asked since."""
+    arrived = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(fallback, "to_host", lambda x: (x.clone(), arrived))
+    model, optimizer, _ = asked_to_fall_back()
+    high = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        for n in (2, 3):
+            one_step(model, optimizer, n)
+            high.append([layer.fp8_high for layer in layers(model)])
+    assert high == [[False, False], [True, True]]
+
+
 def test_a_resumed_watch_measures_the_same_steps() -> None:
     model = net()
     optimizer, watch = optimizer_of(model), SaturationWatch(model, every=5)
@@ -370,6 +412,13 @@ def test_samples_take_all_columns_in_turn() -> None:
         assert elements / k <= sample
         if elements // columns > columns:
             assert len({n * k % columns for n in range(columns)}) == columns
+
+
+def test_codes_are_counted_the_same_by_sorting_as_on_a_gpu() -> None:
+    codes = torch.randint(0, 256, (40, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) | 8
+    codes[0] = 255
+    for only in (None, codes > 99, codes < 0):
+        assert torch.equal(sorted_histogram(codes, only), histogram(codes, only))
 
 
 def test_what_is_not_looked_at() -> None:
