@@ -123,9 +123,11 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(file), str(out)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert "half\n" in process.stdout, "it ended before the save"
-    process.kill()
-    process.wait()
+    try:
+        assert "half\n" in process.stdout, "it ended before the save"
+    finally:
+        process.kill()
+        process.wait()
     assert (out / "checkpoints" / ".staging" / "checkpoint-4").is_dir()
     assert [path.name for path in checkpoints.whole(out / "checkpoints")] == ["checkpoint-2"]
     assert Run.open(out).info["status"] == "running"
