@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,16 @@ def numbers(made: Study, centre: Settings) -> dict[str, Any]:
         "block": outcomes.BLOCK,
         "measured": MEASURED,
         "differing": differing,
-        "detectable": f"{minimal_detectable_drop(items, differing=differing):.2%}" if differing else "any size",
+        "detectable": _detectable(items, differing),
         "floor": floor,
         **{key: grid["made"][key] for key in ("processor", "cores", "torch", "transformers")},
     }
+
+
+def _detectable(items: int, differing: float) -> str:
+    """The smallest drop that one run finds with 80 % power, in words."""
+    drop = minimal_detectable_drop(items, differing=differing) if differing else math.inf
+    return f"more than {differing:.1%} (more answers would have to differ)" if math.isinf(drop) else f"{drop:.2%}"
 
 
 def claims_table(judged: list[claims.Judged]) -> str:

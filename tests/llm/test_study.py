@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from fp8kernels.cli.app import app
-from fp8kernels.statistics import Interval
-from fp8kernels.study import claims, outcomes, world
+from fp8kernels.statistics import Interval, minimal_detectable_drop
+from fp8kernels.study import claims, outcomes, page, world
 from fp8kernels.study.grid import CPU_GRID, parse_grid, read_grid
 from fp8kernels.study.page import ROWS, page_text
 from fp8kernels.study.rows import Study, read_study, run_path, study, write_study
@@ -320,10 +320,10 @@ def test_a_quick_study_from_command_to_page_goes_on_where_it_was(tmp_path: Path)
         (row,) = rows.values()
         assert len(row["losses"]) == 18
         assert set(row["tensors"]) == (set() if settings.precision == "bf16" else {"input", "weight", "grad"})
-    page = (tmp_path / "STUDY.md").read_text()
+    text = (tmp_path / "STUDY.md").read_text()
     figures = sorted(path.name for path in (tmp_path / "study").glob("*.svg"))
     assert len(figures) == 3
-    assert all(f"study/{name}" in page for name in figures)
+    assert all(f"study/{name}" in text for name in figures)
 
     lost = run_path(tmp_path, Settings(scaling="current", warmup_steps=2), 1)
     before = json.loads(lost.read_text())
@@ -350,8 +350,14 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path) -> None:
 
 
 def test_the_page_in_the_docs_is_drawn_from_its_rows() -> None:
-    page = (DOCS / "STUDY.md").read_text(encoding="utf-8")
+    drawn = (DOCS / "STUDY.md").read_text(encoding="utf-8")
     figures = [f"{name}.svg" for name in ("loss-and-exam", "forgetting", "outlier")]
-    assert page_text(read_study(DOCS / ROWS), figures) == page, "run: fp8kernels study --redraw docs"
+    assert page_text(read_study(DOCS / ROWS), figures) == drawn, "run: fp8kernels study --redraw docs"
     for name in figures:
         assert (DOCS / "study" / name).stat().st_size < 100_000
+
+
+def test_a_drop_that_so_few_differing_answers_cannot_make_is_said_in_words() -> None:
+    assert page._detectable(640, 0.007) == "more than 0.7% (more answers would have to differ)"
+    assert page._detectable(640, 0.0).startswith("more than 0.0%")
+    assert page._detectable(640, 0.1) == f"{minimal_detectable_drop(640, differing=0.1):.2%}"
