@@ -62,10 +62,10 @@ def score(
 ) -> Scores:
     """Ask a model all items. It is left as it was: modes, gradients, random numbers and 8-bit scales.
 
-    Prompt and choice are tokenized together and the choice's tokens are what exceeds those of the prompt, spaces at the
-    end of the prompt counting to the choice. A choice item is right if the right choice has the highest log-probability
-    per character, the first of equals; a cloze item if each token of the answer is the likeliest after those before it,
-    so that greedy decoding writes it.
+    Prompt and choice are tokenized together and the choice's tokens are what exceeds those of the prompt, whitespace at
+    the end of the prompt counting to the choice. A choice item is right if the right choice has the highest
+    log-probability per character, the first of equals; a cloze item if each token of the answer is the likeliest after
+    those before it, so that greedy decoding writes it.
 
     model      a causal language model of transformers, or any that maps int64 [B, T] to logits [B, T, V]
     batch      sequences at once; padding stands behind them, where causal attention never looks. Answers do not depend
@@ -122,7 +122,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _encode(tokenizer: Any, lead: list[int], item: Item, choice: str, at: int) -> Continuation:
-    prompt = item.prompt.rstrip(" ")
+    prompt = item.prompt.rstrip()
     whole = item.prompt + choice
     before = [*lead, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] if prompt else [*lead]
     ids = [*lead, *tokenizer(whole, add_special_tokens=False)["input_ids"]]

@@ -25,12 +25,14 @@ ITEMS = [
     Item("Dmitri", (" sells",), 0, "cloze"),
     Item("", ("Ada", "kites"), 0),
     Item("a", ("b", "cd"), 1),
+    Item("Bruno sells\n", ("maps", "clocks"), 0),
+    Item("Bruno sells \n ", ("maps",), 0, "cloze"),
 ]
 
 
 def by_hand(model: nn.Module, prompt: str, choice: str) -> tuple[float, bool]:
     """(log-probability in fp32, greedy) of one choice, in a forward of its own."""
-    context = TOKENIZER(prompt.rstrip(" "))["input_ids"] or [TOKENIZER.bos_token_id]
+    context = TOKENIZER(prompt.rstrip())["input_ids"] or [TOKENIZER.bos_token_id]
     whole = TOKENIZER(prompt + choice)["input_ids"]
     ids = whole if prompt else [TOKENIZER.bos_token_id, *whole]
     with torch.no_grad():
