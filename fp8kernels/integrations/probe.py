@@ -149,11 +149,23 @@ class ProbeCallback(TrainerCallback):
         self.detector.load_state({"start": start, "looked": len(rows) - 1, "since": min(alarms, default=None)})
 
     def _score(self) -> Scores:
-        return score(self.model, self.tokenizer, self.items, batch=self.batch, autocast=self.autocast)
+        own = score(self.model, self.tokenizer, self.items, batch=self.batch, autocast=self.autocast)
+        return of_first_rank(own, next(self.model.parameters()).device)
 
     def _fall_back(self) -> None:
         assert self.model is not None
         hold_high(self.model)
+
+
+def of_first_rank(own: Scores, device: torch.device) -> Scores:
+    """The scores that all ranks go by: near a tie they may round differently, and must not act on it differently."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return own
+    rows = torch.tensor([own.correct, own.margins, own.log_probabilities], dtype=torch.float64, device=device)
+    distributed.broadcast(rows, 0)
+    correct, margins, log_probabilities = rows.tolist()
+    return Scores([bool(answer) for answer in correct], margins, log_probabilities)
 
 
 def _row(step: int, scores: Scores, look: Look | None) -> dict[str, Any]:
