@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fp8kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fp8kernels"
@@ -29,7 +33,7 @@ FLOORS = (
     {"runs", "sensitivity"},
     {"models", "probe"},
     {"integrations"},
-    {"training", "serving", "evaluation", "report"},
+    {"training", "serving", "evaluation", "reports"},
     {"study"},
     {"cli", "info", "__main__", ""},  # "" is fp8kernels/__init__.py, the face: it may see all below
 )
@@ -106,6 +110,15 @@ def test_imports_point_down(path: Path) -> None:
         if floor(there) >= floor(here) and not side_by_side:
             wrong.append(f"{at(path, line)} (floor {floor(here)}) imports {name} (floor {floor(there)})")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_package_hides_a_name_of_the_face() -> None:
+    """Importing a package binds its name: `fp8kernels.report` must stay the function, whatever is imported later."""
+    for path in MODULES:
+        if path.parent == PACKAGE or path.name == "__init__.py":
+            importlib.import_module(f"fp8kernels.{unit(path)}" if unit(path) else "fp8kernels")
+    modules = [name for name in fp8kernels.__all__ if isinstance(getattr(fp8kernels, name), types.ModuleType)]
+    assert modules == ["nn", "serving"], "packages need names of their own"
 
 
 def test_models_know_nothing_of_8_bits() -> None:

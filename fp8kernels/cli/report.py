@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
 ) -> None:
     """Draw one self-contained HTML page of one or several runs."""
-    from ..report import write_report
+    from ..reports import write_report
     from ..runs import Run
 
     with mistakes():

@@ -35,12 +35,7 @@ def launch(folder: Path, settings: dict[str, Any], name: str, *, resume: bool = 
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [
-        str(Path(__file__).with_name("launched.py")),
-        str(file),
-        str(folder / name),
-        "resume" if resume else "new",
-    ]
+    script = [str(Path(__file__).with_name("launched.py")), str(file), str(folder / name)]
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*start, *script, "resume" if resume else "new"], capture_output=True, text=True, timeout=240, env=environment

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from llm.runs_on_paper import write_run
 
-from fp8kernels.report import write_report
-from fp8kernels.report.page import page
-from fp8kernels.report.thin import COLUMNS, ROWS, thin, thin_grid
+from fp8kernels.reports import write_report
+from fp8kernels.reports.page import page
+from fp8kernels.reports.thin import COLUMNS, ROWS, thin, thin_grid
 from fp8kernels.runs import Run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
