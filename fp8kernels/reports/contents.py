@@ -144,16 +144,25 @@ def contents(runs: Sequence[Run]) -> list[Contents]:
 
 def _reference(run: Run, runs: Sequence[Run]) -> tuple[Run | None, str]:
     """Whom a run is compared with, or why with nobody."""
-    named = run.info.get("baseline")
-    if named:
-        places = [Path(str(named)), run.path / str(named), run.path.parent / str(named)]
+    named = _baseline(run)
+    if named is not None:
         try:
-            return Run.open(next(filter(Path.is_dir, places), places[0])), ""
+            return Run.open(named), ""
         except (OSError, ValueError) as failed:
             error = failed
         if run is runs[0]:
             return None, f"its baseline cannot be read: {error}"
-    if run is runs[0]:
+    is_baseline = any(run.path.resolve() == place.resolve() for place in map(_baseline, runs) if place is not None)
+    if run is runs[0] or (named is None and is_baseline):
         others = ", and others are compared with it" if len(runs) > 1 else ""
         return None, f"it names no baseline{others}"
     return runs[0], ""
+
+
+def _baseline(run: Run) -> Path | None:
+    """Where the baseline that a run names lies, as seen from here or from the run; None if it names none."""
+    named = run.info.get("baseline")
+    if not named:
+        return None
+    places = [Path(str(named)), run.path / str(named), run.path.parent / str(named)]
+    return next(filter(Path.is_dir, places), places[0])

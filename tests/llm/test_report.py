@@ -164,6 +164,14 @@ def test_what_a_run_does_not_have_is_said(tmp_path: Path) -> None:
     assert "no run has a finite number" in said and "No run noted its tokens per second" in said
 
 
+def test_a_baseline_is_not_compared_with_the_run_that_names_it(tmp_path: Path) -> None:
+    base, hif8, bare = three(tmp_path)
+    found = Page(page([hif8, base, bare]))
+    rows = found.table("run, against, steps")[1:]
+    assert [row[:2] for row in rows] == [["hif8", "bf16"], ["bare", "hif8"]]
+    assert "bf16 is compared with no run: it names no baseline" in " ".join(found.texts["p"])
+
+
 def test_a_half_written_run_is_drawn_as_far_as_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path / "cut", layers=2, looks=2, baseline=str(tmp_path / "gone"))
     run.append("layers", {"step": None, "layer": None, "role": "input"}, {"step": 70, "layer": "x", "role": "what"})
