@@ -23,17 +23,6 @@ from fp8kernels.recipe import get_recipe
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return common.model_folder(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def folder(plain: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(plain, tmp_path / "model"))
-
-
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}

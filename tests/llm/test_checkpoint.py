@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llm import common
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -151,16 +149,6 @@ def test_no_damage_is_read_as_something_else(tmp_path: Path, data: st.DataObject
         return
     with safe_open(path, "pt") as file:  # what passes here, the library takes too
         assert set(file.keys()) == set(found)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return common.model_folder(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def folder(plain: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,6 @@ from llm.folders import edit
 from fp8kernels.models.causal_lm import load_causal_lm
 from fp8kernels.models.tokenizer import check_tokenizer, load_tokenizer
 from fp8kernels.training.tokens import byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return common.model_folder(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def folder(plain: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain, tmp_path / "model"))
 
 
 def silent(folder: Path, **named: Any) -> tuple[Any, Any]:
