@@ -64,7 +64,7 @@ def test_the_quick_start_and_what_it_leaves(tmp_path: Path, monkeypatch: pytest.
         result = CliRunner().invoke(app, command(line))
         assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
     assert Run.open("runs/hif8").info["status"] == "done" and "ape" in Run.open("runs/hif8").rows("log")[0]
-    assert "<svg" in Path("report.html").read_text(encoding="utf-8")
+    assert "<svg" in Path("runs/report.html").read_text(encoding="utf-8")
 
     small = read_config("examples/qat.yaml", [*LESS, *SMALLER["qat"]])
     monkeypatch.setattr("fp8kernels.training.llm.run.read_config", lambda source: small)
