@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..headers import AGAIN, CONFIG, FLOATS, TensorHeader, check_folder, read_headers, read_json, some
 from . import pangu
-from .checkpoint import AGAIN, CONFIG, FLOATS, TensorHeader, check_folder, read_config, read_headers, read_json, some
+from .checkpoint import read_config
 from .linears import as_linears
 from .tokenizer import check_tokenizer, load_tokenizer, quiet
 
@@ -56,7 +57,7 @@ def load_causal_lm(
     if tokenizer is None or isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
     with quiet():
-        _rehearse(folder, model_class, config, headers)
+        _rehearse_plain(folder, model_class, config, headers)
         model = model_class.from_pretrained(
             folder,
             config=config,
@@ -163,18 +164,23 @@ def _model_class(folder: Path, config: Any) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _rehearse(folder: Path, model_class: Any, config: Any, headers: dict[str, TensorHeader]) -> None:
-    """Load tensors without storage into a model without storage; what does not fit there would not fit for real."""
-    stored = {name: header for name, header in headers.items() if not _is_state(name)}
-    state = {name: torch.empty(header.shape, device="meta") for name, header in stored.items()}
+def rehearse(folder: Path, model_class: Any, config: Any, state: dict[str, Tensor], **settings: Any) -> Any:
+    """Load tensors without storage into a model without storage; what does not fit there would not fit for real.
+
+    state     name -> tensor on the meta device, as the files have them
+    settings  further ones of from_pretrained
+    returns   the model, on the meta device
+    raises    ValueError naming the tensors that are missing, left over, or of another shape
+    """
     try:
         model, report = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=state,
+            state_dict=dict(state),
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **settings,
         )
     except ImportError:
         raise
@@ -191,7 +197,7 @@ def _rehearse(folder: Path, model_class: Any, config: Any, headers: dict[str, Te
         )
     if report["missing_keys"]:
         raise ValueError(
-            f"{folder}: the weights hold {len(stored)} tensors and lack {len(report['missing_keys'])} that a "
+            f"{folder}: the weights hold {len(state)} tensors and lack {len(report['missing_keys'])} that a "
             f"{model_class.__name__} of this {CONFIG} has: {some(report['missing_keys'])}; {AGAIN}"
         )
     if report["unexpected_keys"]:
@@ -199,7 +205,13 @@ def _rehearse(folder: Path, model_class: Any, config: Any, headers: dict[str, Te
             f"{folder}: the weights hold {len(report['unexpected_keys'])} tensors that a {model_class.__name__} of "
             f"this {CONFIG} does not have: {some(report['unexpected_keys'])}; one of the two is another model's"
         )
-    parameters = dict(model.named_parameters())
+    return model
+
+
+def _rehearse_plain(folder: Path, model_class: Any, config: Any, headers: dict[str, TensorHeader]) -> None:
+    stored = {name: header for name, header in headers.items() if not _is_state(name)}
+    state = {name: torch.empty(header.shape, device="meta") for name, header in stored.items()}
+    parameters = dict(rehearse(folder, model_class, config, state).named_parameters())
     codes = {name: header.dtype for name, header in stored.items() if name in parameters and header.dtype not in FLOATS}
     if codes:
         raise ValueError(

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG
+from ..headers import CONFIG
 
 MODEL_TYPE = "PanguEmbedded"
 ARCHITECTURE = "PanguEmbeddedForCausalLM"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import AGAIN, check_folder, read_json, some
+from ..headers import AGAIN, check_folder, read_json, some
 from .sentencepiece import sentencepiece_tokenizer
 
 FILES = (  # of which one holds the vocabulary

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fp8kernels.headers import LONGEST_HEADER, read_header, read_headers
 from fp8kernels.models.causal_lm import load_causal_lm
-from fp8kernels.models.checkpoint import LONGEST_HEADER, read_header, read_headers
 
 
 def safetensors(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fp8kernels
+from fp8kernels.headers import read_headers
 from fp8kernels.models.causal_lm import load_causal_lm
-from fp8kernels.models.checkpoint import read_headers
 from fp8kernels.models.pangu import from_pangu_config, save_pangu, to_pangu_config
 from fp8kernels.models.sentencepiece import SAMPLES
 from fp8kernels.models.tokenizer import load_tokenizer
