@@ -42,6 +42,7 @@ DEBT: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "act_backward": [("bench_producers:activation_backward", {"shape": (16384, 6144)})],
     "commit": [("bench_commit:versus_reference", {})],
     "copy": [("bench_copy:versus_torch", {"shape": (8192, 8192)})],
+    "decode_attention": [("bench_attention:versus_sdpa", {"fmt": fmt}) for fmt in ("e4m3", "hif8")],
 }
 
 

@@ -25,6 +25,7 @@ from .nn.step import commit
 from .ops import (
     activation_quantize,
     copy,
+    decode_attention,
     dequantize,
     explain,
     fake_quantize,
@@ -78,6 +79,7 @@ __all__ = [
     "commit",
     "convert",
     "copy",
+    "decode_attention",
     "dequantize",
     "explain",
     "export",

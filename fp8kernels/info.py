@@ -16,6 +16,7 @@ from . import __version__
 from .formats import FORMATS
 from .kernels.commit import ScaleRule
 from .kernels.compiled import load
+from .kernels.decode_attention import HeadCodes
 from .kernels.norm_quantize import Norm
 from .ops import quantize
 from .ops.explain import PRODUCERS, explain
@@ -101,6 +102,7 @@ def _backends() -> dict[tuple[str, str], str | None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.ones(16, 128, device=device)
     q = quantize(x, next(iter(FORMATS)))
+    heads = HeadCodes(q.codes[None, None], q.scale)  # one sequence, one head, 16 tokens
     arguments: dict[str, tuple[Any, ...]] = {
         "quantize": (x, "e4m3"),
         "dequantize": (q,),
@@ -111,5 +113,6 @@ def _backends() -> dict[tuple[str, str], str | None]:
         "act_backward": (x, x, x, "silu"),
         "copy": (x,),
         "commit": ([], ScaleRule()),
+        "decode_attention": (x[None, :4, None], heads, heads, next(iter(FORMATS.values())), 1.0, None),
     }
     return {(verb, row.name): row.reason for verb in TABLE for row in explain(verb, *arguments[verb])}

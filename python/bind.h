@@ -13,6 +13,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_copy(py::module_& m);
+void bind_decode_attention(py::module_& m);
 void bind_quantize(py::module_& m);
 void bind_dequantize(py::module_& m);
 void bind_commit(py::module_& m);

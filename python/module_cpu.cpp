@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cpu, m) {
     if (const char* wanted = std::getenv("FP8KERNELS_ISA")) set_isa(wanted);
     bind_commit(m);
     bind_copy(m);
+    bind_decode_attention(m);
     bind_dequantize(m);
     bind_gemm(m);
     bind_quantize(m);

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8kernels.formats import Format
 from fp8kernels.kernels.act_quantize.reference import activate
+from fp8kernels.kernels.decode_attention import HeadCodes
+from fp8kernels.kernels.decode_attention.reference import decode_attention as attend
 from fp8kernels.kernels.gemm import Epilogue
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place of 1
@@ -101,6 +104,40 @@ def epilogue_bound(
     if epilogue.residual is not None:
         out = out + epilogue.residual.double()
     return error + (u + UNIT[out_dtype]) * (out.abs() + error) + SMALLEST[out_dtype]
+
+
+ATTENTION_TILE, ATTENTION_SPLIT = 64, 512  # tokens: kTile and kAttentionSplit of csrc/decode_attention
+
+
+def attention_bound(
+    q: Tensor, keys: HeadCodes, values: HeadCodes, fmt: Format, scaling: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """decode_attention in float64 [B, H, Q, D], and how far one with sums in fp32 and a running maximum may be from it.
+
+    A score is D products and four factors: (D + 6) u of |q| |k|, and the maximum has the same error; so a weight is
+    wrong by exp of twice that, and by 4 u of its own power. The maximum moves once a tile and once a split; each move
+    rounds its argument, of the size of the largest score, a power and a product. Sums of T weights, with values and
+    without, add T u each. Weights below the normal range are lost.
+    """
+    u = UNIT[torch.float32]
+    want = attend(q.double(), keys, values, fmt, scaling, mask)
+    tokens, width = keys.codes.shape[2:]
+    if tokens == 0:
+        return want, torch.zeros_like(want)
+    k, v = (
+        (fmt.decode(each.codes).double() * each.scale.double()[:, :, None, None])
+        .abs()
+        .repeat_interleave(q.shape[1] // keys.codes.shape[1], 1)
+        for each in (keys, values)
+    )  # [B, H, T, D]
+    largest = (q.double().abs() @ k.transpose(-1, -2) * abs(scaling)).amax(-1, keepdim=True)  # [B, H, Q, 1]
+    moves = tokens / ATTENTION_TILE + tokens / ATTENTION_SPLIT + 2
+    weight = torch.expm1(2 * (width + 6) * u * largest) + 4 * u + moves * u * (4 * largest + 4)
+    ones = torch.where(torch.eye(tokens, dtype=torch.bool), *fmt.encode(torch.tensor([1.0, 0.0])))  # [T, T] codes
+    unit = HeadCodes(ones.expand(*keys.codes.shape[:2], -1, -1), torch.ones_like(keys.scale))
+    sums = attend(q.double(), keys, unit, fmt, scaling, mask) @ v  # [B, H, Q, D]: the weights times |v|
+    error = 2 * (weight + (tokens + 4) * u) * sums * (1 + weight) + tokens * 2.0**-126 * v.amax()
+    return want, error + (UNIT[q.dtype] + u) * (want.abs() + error) + SMALLEST[q.dtype]
 
 
 def bounded(got: Tensor, want: Tensor, bound: Tensor) -> None:

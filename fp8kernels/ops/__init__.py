@@ -3,6 +3,7 @@
 from .activation import activation_quantize, swiglu_quantize
 from .commit import commit_states
 from .copy import copy
+from .decode_attention import decode_attention
 from .dequantize import dequantize
 from .explain import explain
 from .fake_quantize import fake_quantize
@@ -15,6 +16,7 @@ __all__ = [
     "activation_quantize",
     "commit_states",
     "copy",
+    "decode_attention",
     "dequantize",
     "explain",
     "fake_quantize",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..formats import E4M3, E5M2, FORMATS, HIF8, Format
 from ..kernels.commit import ScaleRule, State
+from ..kernels.decode_attention import HeadCodes
 from ..kernels.gemm import Operand
 from ..kernels.norm_quantize import Norm
 from ..kernels.quantize import Quantized, Rounding
@@ -173,6 +174,15 @@ def commit_cases() -> Iterator[Arguments]:
         yield states, ScaleRule(algorithm)
 
 
+def decode_attention_cases() -> Iterator[Arguments]:
+    for fmt, (heads, queries) in zip(FORMATS.values(), ((8, 1), (2, 3), (6, 2)), strict=False):
+        keys, values = (
+            HeadCodes(fmt.encode(torch.randn(2, 2, 70, 80) * 4), torch.rand(2, 2) * 0.1 + 0.1) for _ in range(2)
+        )
+        yield torch.randn(2, heads, queries, 80), keys, values, fmt, 80**-0.5, None
+        yield torch.randn(2, heads, queries, 80), keys, values, fmt, 80**-0.5, torch.rand(2, 1, queries, 70) < 0.8
+
+
 CASES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "quantize": quantize_cases,
     "dequantize": dequantize_cases,
@@ -183,6 +193,7 @@ CASES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "act_backward": act_backward_cases,
     "commit": commit_cases,
     "copy": lambda: iter([(numbers(33, 70).t(),)]),
+    "decode_attention": decode_attention_cases,
 }
 
 
@@ -235,6 +246,7 @@ AGREES: dict[str, Callable[[Any, Any], str | None]] = {
     "act_backward": near_gradients,
     "commit": same,
     "copy": same,
+    "decode_attention": lambda got, want: near([got], [want], ROUNDED),
 }
 
 

@@ -24,6 +24,8 @@ from ..kernels.copy import cpu as copy_cpu
 from ..kernels.copy import cuda as copy_cuda
 from ..kernels.copy import reference as copy_reference
 from ..kernels.copy import triton_jit as copy_triton
+from ..kernels.decode_attention import cpu as decode_attention_cpu
+from ..kernels.decode_attention import reference as decode_attention_reference
 from ..kernels.dequantize import cpu as dequantize_cpu
 from ..kernels.dequantize import cuda as dequantize_cuda
 from ..kernels.dequantize import reference as dequantize_reference
@@ -128,6 +130,10 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("triton", copy_triton.why_not, copy_triton.copy),
         Kernel("cpu", copy_cpu.why_not, copy_cpu.copy),
         Kernel("reference", copy_reference.why_not, copy_reference.copy),
+    ),
+    "decode_attention": (
+        Kernel("cpu", decode_attention_cpu.why_not, decode_attention_cpu.decode_attention),
+        Kernel("reference", decode_attention_reference.why_not, decode_attention_reference.decode_attention),
     ),
 }
 

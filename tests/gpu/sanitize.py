@@ -14,7 +14,9 @@ import torch
 from gpu.lines import CUDA, Draw, Line, to
 from gpu.test_random import act_case, dequantize_case, gemm_case, norm_case, quantize_case
 
+from fp8kernels.formats import HIF8
 from fp8kernels.kernels.commit import ScaleRule, State
+from fp8kernels.kernels.decode_attention import HeadCodes
 from fp8kernels.kernels.norm_quantize import Norm
 from fp8kernels.ops.table import TABLE
 
@@ -65,6 +67,12 @@ def arguments(verb: str, device: str) -> tuple[object, ...] | None:
         return to([state] * 5, device), ScaleRule()
     if verb == "act_backward":
         return dy, x, dy.clone(), "silu"
+    if verb == "decode_attention":
+        keys, values = (
+            HeadCodes(HIF8.encode(torch.randn(2, 2, 67, 72)).to(device), torch.ones(2, 2, device=device))
+            for _ in range(2)
+        )
+        return torch.randn(2, 6, 3, 72, device=device), keys, values, HIF8, 0.1, None
     if verb == "norm_backward":
         weight = torch.ones(301, device=device).bfloat16()
         return dy, x, torch.ones(67, device=device), torch.zeros(67, device=device), Norm(weight, weight, 1e-5, True)
