@@ -17,7 +17,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
-EXTRAS := triton,demo,train,eval,test,dev
+EXTRAS := triton,demo,train,serve,eval,test,dev
 CXX_SOURCES := CMakeLists.txt $(shell find csrc python tests/cpp -type f 2>/dev/null)
 BUILD := build/editable
 
