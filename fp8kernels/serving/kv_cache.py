@@ -185,9 +185,9 @@ def why_not(model: Any) -> str | None:
         return "it is an encoder and a decoder, which keep two caches"
     if not model._supports_default_dynamic_cache():
         return "it brings a cache of its own"
-    if not (model._can_set_attn_implementation() and model._supports_sdpa):
-        return "its attention does not go through transformers' AttentionInterface with an SDPA implementation"
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its scores are capped (attn_logit_softcapping), which neither SDPA nor decode_attention does"
+    if not (model._can_set_attn_implementation() and model._supports_sdpa):
+        return "its attention does not go through transformers' AttentionInterface with an SDPA implementation"
     return None
