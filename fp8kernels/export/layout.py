@@ -5,7 +5,8 @@
                         amax); all other tensors under their own names
     fp8kernels.json     the manifest: formats and blocks of the layers, dtype and shape of every tensor, and the size
                         and sha256 of every other file
-    config.json, tokenizer files    as the model and the tokenizer write them
+    config.json, tokenizer files    as the model and the tokenizer write them; config.json also has the entry
+                        `quantization_config` that servers go by (config.py)
 
 The manifest makes damage visible; it is no signature: who can change a file can change the manifest too.
 """
@@ -14,9 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..formats import get_format
+from ..recipe import Role
 
 VERSION = 1  # of the layout; raised when an older reader would misread a newer file
 MANIFEST = "fp8kernels.json"
@@ -40,6 +45,27 @@ class LayerEntry:
     input_scaling: str
     input_target: float
     power_of_two: bool
+
+    def input_role(self) -> Role:
+        """The input's role of a layer that is read so."""
+        return Role(self.input_fmt, self.input_scaling, self.input_block, None)
+
+    def weight_role(self) -> Role:
+        """The weight's role; "current" only says that a block may be smaller than the tensor: scales are stored."""
+        return Role(self.weight_fmt, "current" if self.weight_block != "tensor" else "static", self.weight_block)
+
+
+def check_entry(entry: LayerEntry) -> None:
+    """raises ValueError or TypeError, naming the field, unless a layer can be read as the entry says."""
+    for fmt in (entry.weight_fmt, entry.input_fmt):
+        get_format(fmt)
+    entry.input_role()
+    entry.weight_role()
+    target = entry.input_target
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
+        raise ValueError(f"input_target is {target!r}, it is a positive number")
+    if not isinstance(entry.power_of_two, bool):
+        raise ValueError(f"power_of_two is {entry.power_of_two!r}, it is true or false")
 
 
 @dataclass(frozen=True)

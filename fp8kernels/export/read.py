@@ -7,10 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..formats import get_format
 from ..nn.inference import InferenceLinear
-from .layout import CODES, INPUT_SCALE, SCALE, WEIGHTS, LayerEntry, Manifest, file_stamp, read_manifest
-from .write import input_role, weight_role
+from .layout import (
+    CODES,
+    INPUT_SCALE,
+    SCALE,
+    WEIGHTS,
+    LayerEntry,
+    Manifest,
+    check_entry,
+    file_stamp,
+    read_manifest,
+)
 
 AGAIN = "copy the folder again, or export the model again"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8", "I64": "int64", "BOOL": "bool"}
@@ -113,11 +121,7 @@ def _compare(found: dict, wanted: dict, path: Path, by: str, *, shapes_only: boo
 def _check_layer(name: str, entry: LayerEntry, manifest: Manifest, folder: Path) -> None:
     """raises ValueError unless the layer's entry is sound and its tensors have the dtypes of the layout."""
     try:
-        for fmt in (entry.weight_fmt, entry.input_fmt):
-            get_format(fmt)
-        input_role(entry), weight_role(entry)
-        if not float(entry.input_target) > 0 or not isinstance(entry.power_of_two, bool):
-            raise ValueError(f"input_target {entry.input_target!r}, power_of_two {entry.power_of_two!r}")
+        check_entry(entry)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: the manifest's entry of layer {name!r} is damaged ({error}); {AGAIN}") from None
     for key, dtype in ((CODES, "uint8"), (SCALE, "float32"), (INPUT_SCALE, "float32")):
@@ -138,8 +142,8 @@ def _inference_layer(linear: nn.Linear, entry: LayerEntry, device: torch.device 
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
-        input_role=input_role(entry),
-        weight_role=weight_role(entry),
+        input_role=entry.input_role(),
+        weight_role=entry.weight_role(),
         input_target=entry.input_target,
         power_of_two=entry.power_of_two,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Linear, ScaledLayer
-from ..recipe import Role
 from ..scaling.delayed import INPUT, WEIGHT, is_state
 from .atomic import staged_folder
+from .config import quantization_config, write_config
 from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, WEIGHTS, LayerEntry, Manifest, file_stamp
 
 HIGH_PRECISION = (torch.bfloat16, torch.float32)
@@ -53,8 +54,9 @@ def export(
             layers=layers,
             tensors={name: (_word(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
             tied=tied,
-            files={path.name: file_stamp(path) for path in sorted(staged.iterdir())},
         )
+        write_config(staged, quantization_config(manifest))
+        manifest = replace(manifest, files={path.name: file_stamp(path) for path in sorted(staged.iterdir())})
         (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -131,16 +133,6 @@ def _own(tensor: Tensor) -> Tensor:
     """The tensor with a storage of its own: a file does not take two views of one storage."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def input_role(entry: LayerEntry) -> Role:
-    """The input's role of an exported layer."""
-    return Role(entry.input_fmt, entry.input_scaling, entry.input_block, None)
-
-
-def weight_role(entry: LayerEntry) -> Role:
-    """The weight's role; "current" only says that a block may be smaller than the tensor: its scales are stored."""
-    return Role(entry.weight_fmt, "current" if entry.weight_block != "tensor" else "static", entry.weight_block)
 
 
 def _word(dtype: torch.dtype) -> str:
