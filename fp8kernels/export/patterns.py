@@ -52,7 +52,8 @@ def compiled(expression: str) -> re.Pattern[str]:
         repeats, optional = _repeats(sre_parse.parse(expression), within=False)
         if repeats > MOST_REPEATS or optional > MOST_OPTIONAL:
             raise ValueError(
-                f"it repeats in {repeats} places and has {optional} optional parts, at most {MOST_REPEATS} and {MOST_OPTIONAL}"
+                f"it repeats in {repeats} places and has {optional} optional parts, at most {MOST_REPEATS} and "
+                f"{MOST_OPTIONAL}"
             )
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
