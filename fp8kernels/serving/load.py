@@ -4,49 +4,56 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..export import check, load_into
+from ..export.config import QUANT_METHOD, kv_cache_format
 from ..export.layout import MANIFEST
-from ..models.linears import as_linears
+from ..headers import CONFIG, read_json
+from .head import use_eight_bit_head
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None) -> Any:
-    """A model in eval mode from a folder that `fp8kernels.export` wrote, or that transformers' save_pretrained wrote.
+def load(
+    folder: str | Path, *, head: str | None = None, kv_cache: str | None = None, model: nn.Module | None = None
+) -> Any:
+    """A model in eval mode whose 8-bit layers hold codes only, from a folder on disk.
 
-    folder   with fp8kernels.json: 8-bit weights, checked in full before any is touched. Without: a plain checkpoint,
-             loaded in bf16 from safetensors files alone
-    model    the plain model to fill, where it is not one that transformers builds from config.json
+    folder    one that `fp8kernels.export` wrote, in any of its formats, or that another tool wrote as
+              compressed-tensors FP8 or "fp8" (static, dynamic, or blocks of 128x128): the bytes of the weights become
+              the codes, nothing is decoded. Where fp8kernels.json is there, every file is checked in full before any is
+              read. A plain checkpoint is loaded in bf16
+    head      "hif8" or "e4m3": round the weights of the head, a scale a row, while loading, and with them those of an
+              embedding that shares them (serving/head.py); None leaves both as they are stored
+    kv_cache  the format of an 8-bit cache of keys and values; None goes by config.json
+    model     the plain model to fill from a native folder, where transformers does not build it from config.json
 
     Nothing is fetched, nothing is unpickled, and no code of the folder is run.
 
-    raises   FileNotFoundError, ValueError naming the file or tensor at fault; ImportError where transformers is absent
+    raises   FileNotFoundError, ValueError naming the file, layer or tensor at fault; ImportError where transformers is
+             absent
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the one that export wrote")
+    settings = _settings(folder)
     if model is not None:
-        return load_into(model, folder)
-    if not (folder / MANIFEST).is_file():
-        return _load_plain(folder)
-    manifest = check(folder)
-    transformers = _transformers()
-    config = _config(folder)
-    model_class = getattr(transformers, manifest.model_class, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"{folder}: the manifest names {manifest.model_class!r}, which is no model of transformers "
-            f"{transformers.__version__}; build the model yourself and give it as load(folder, model=…)"
-        )
-    try:
-        plain = cast(Any, model_class)._from_config(config, dtype=getattr(torch, manifest.dtype))
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder}/config.json does not build a {manifest.model_class}: {error}") from error
-    as_linears(plain)  # GPT-2's layers were converted as torch's
-    return load_into(plain, folder)
+        loaded: Any = load_into(model, folder)
+    elif (folder / MANIFEST).is_file() or settings:
+        loaded = _load_eight_bit(folder, settings)
+    else:
+        loaded = _load_plain(folder)
+    if head is not None:
+        use_eight_bit_head(loaded, head)
+    if kv_cache is None and settings.get("quant_method") == QUANT_METHOD:
+        kv_cache = kv_cache_format(settings)
+    if kv_cache is not None:
+        from .kv_cache import use_eight_bit_cache
+
+        use_eight_bit_cache(loaded, kv_cache)
+    return loaded.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -62,16 +69,45 @@ def load_tokenizer(folder: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    """`quantization_config` of config.json; empty where there is none."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    found = read_json(folder / CONFIG).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / CONFIG}: quantization_config is {str(found)[:100]!r}, it is a JSON object")
+    return found
+
+
+def _load_eight_bit(folder: Path, settings: dict[str, Any]) -> Any:
+    manifest = check(folder) if (folder / MANIFEST).is_file() else None
+    transformers = _transformers()
+    from .eight_bit import load_eight_bit
+
+    config = _config(folder)
+    if manifest is not None:
+        model_class: Any = getattr(transformers, manifest.model_class, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise ValueError(
+                f"{folder}: the manifest names {manifest.model_class!r}, which is no model of transformers "
+                f"{transformers.__version__}; build the model yourself and give it as load(folder, model=…)"
+            )
+    else:
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if model_class is None:
+            raise ValueError(f"{folder}: model_type {config.model_type!r} is no causal language model in transformers")
+    return load_eight_bit(folder, config, model_class, settings, manifest)
+
+
 def _load_plain(folder: Path) -> nn.Module:
     _transformers()
     from transformers import AutoModelForCausalLM
 
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} holds neither {MANIFEST} nor safetensors files; export a model to it")
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    return model.eval().requires_grad_(False)
 
 
 def _config(folder: Path) -> Any:
@@ -83,7 +119,7 @@ def _config(folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, KeyError, ValueError) as error:  # ValueError also where a config brings code of its own
+    except Exception as error:  # each config has its own checks and errors; ValueError where one brings code of its own
         raise ValueError(f"{folder}/config.json is not a config that transformers itself knows: {error}") from error
 
 
