@@ -42,6 +42,7 @@ class CodeStore:
 
         raises   ValueError if x has other sizes than the rows that are there, or scales were given for other heads
         """
+        x = x.detach()
         batch, heads, count, width = x.shape
         codes = self._with_room(x, self.length + count)
         rows = x.reshape(batch * heads, count * width)

@@ -17,6 +17,7 @@ from ..ops import decode_attention
 
 NAME = "fp8kernels"
 MOST_QUERIES = 16  # beyond it decoding once for all queries is cheaper than once for every four
+ON = ("cpu",)  # where decode_attention has a kernel; elsewhere decoding and torch's own attention are faster
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # arguments of attention that the verb has not
 
 
@@ -113,6 +114,8 @@ def why_not(
     causal: bool,
 ) -> str | None:
     """Why these codes are decoded for transformers' own attention instead, or None."""
+    if query.device.type not in ON:
+        return f"decode_attention has no kernel for {query.device.type}"
     if query.shape[2] > MOST_QUERIES:
         return f"{query.shape[2]} queries: decoding once is cheaper from {MOST_QUERIES + 1} on"
     if key.shape[3] != value.shape[3]:

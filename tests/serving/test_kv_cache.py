@@ -306,6 +306,32 @@ def test_another_attention_reads_the_decoded_numbers(model: LlamaForCausalLM) ->
         assert 10 * math.log10(float(want.pow(2).mean() / (got - want).pow(2).mean())) > 20
 
 
+def test_attention_says_what_it_decodes() -> None:
+    def reason(queries: int = 1, mask: Tensor | None = None, dropout: float = 0.0, **more: Any) -> str | None:
+        x = CachedTensor(torch.zeros(1, 2, 5, 8, dtype=torch.uint8), torch.ones(1, 2), FORMATS["e4m3"], torch.float32)
+        q = more.pop("q", torch.ones(1, 4, queries, 8))
+        return kv_attention.why_not(q, x, x, mask, dropout, more, causal=more.pop("causal", True))
+
+    assert reason() is None and reason(MOST_QUERIES, torch.ones(1, 1, MOST_QUERIES, 5).bool(), softcap=None) is None
+    assert "17 queries" in reason(MOST_QUERIES + 1)
+    assert "dropout" in reason(dropout=0.1)
+    assert "gradient" in reason(q=torch.ones(1, 4, 1, 8, requires_grad=True))
+    assert "mask is torch.float32" in reason(mask=torch.zeros(1, 1, 1, 5))
+    assert "every query" in reason(2, causal=False)
+    assert "softcap, s_aux is given" in reason(softcap=30.0, s_aux=torch.ones(4))
+    assert "no kernel for meta" in reason(q=torch.ones(1, 4, 1, 8, device="meta"))
+
+
+def test_a_forward_that_wants_gradients_takes_the_decoded_past(model: LlamaForCausalLM) -> None:
+    use_eight_bit_cache(model, "e4m3")
+    cache, ids = EightBitCache(model.config, "e4m3"), counting(1, 12)
+    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, 8:], past_key_values=cache).logits.sum().backward()
+    grad = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert grad is not None and grad.isfinite().all() and grad.ne(0).any()
+    model.zero_grad()
+
+
 def test_codes_of_the_cache_are_not_written() -> None:
     codes = torch.randint(0, 100, (1, 2, 5, 8), dtype=torch.uint8)
     x = CachedTensor(codes, torch.ones(1, 2), FORMATS["hif8"], torch.bfloat16)
