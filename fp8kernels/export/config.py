@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import get_format
-from .layout import LayerEntry, Manifest, check_entry
+from .layout import LayerEntry, check_entry
 
 QUANT_METHOD = "fp8kernels"
 VERSION = 1  # of the entry; raised when an older reader would misread a newer one
@@ -26,15 +26,16 @@ KEY = "quantization_config"
 AGAIN = "export the model again"
 
 
-def quantization_config(manifest: Manifest, *, kv_cache: str | None = None) -> dict[str, Any]:
+def quantization_config(layers: dict[str, LayerEntry], *, kv_cache: str | None = None) -> dict[str, Any]:
     """What config.json says of a native checkpoint: layers that are read alike share a group.
 
+    layers     of a manifest: by name, how each is read
     kv_cache   the format of an 8-bit cache, or None
     returns    a dict for JSON; groups in the order of their first layers
     raises     ValueError for an unknown format of the cache
     """
     groups: dict[LayerEntry, list[str]] = {}
-    for name, entry in manifest.layers.items():
+    for name, entry in layers.items():
         groups.setdefault(entry, []).append(name)
     found: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
@@ -86,12 +87,16 @@ def kv_cache_format(config: dict[str, Any]) -> str | None:
     return get_format(cache["fmt"]).name
 
 
-def write_config(folder: Path, entry: dict[str, Any]) -> None:
-    """Put `quantization_config` into a folder's config.json, where there is one."""
+def write_config(folder: Path, entry: dict[str, Any], *, dtype: str) -> None:
+    """Put `quantization_config`, and the dtype of what is not 8-bit, into a folder's config.json, where there is one.
+
+    dtype   torch's word, "bfloat16"
+    """
     path = folder / CONFIG
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         config[KEY] = entry
+        config["dtype"] = dtype
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

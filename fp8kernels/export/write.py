@@ -55,7 +55,7 @@ def export(
             tensors={name: (_word(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
             tied=tied,
         )
-        write_config(staged, quantization_config(manifest))
+        write_config(staged, quantization_config(layers), dtype=_word(dtype))
         manifest = replace(manifest, files={path.name: file_stamp(path) for path in sorted(staged.iterdir())})
         (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

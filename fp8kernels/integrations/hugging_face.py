@@ -34,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..export.config import QUANT_METHOD, VERSION, entries, quantization_config
 from ..export.inference import check_scales, inference_layer
-from ..export.layout import CODES, INPUT_SCALE, SCALE, LayerEntry, Manifest
+from ..export.layout import CODES, INPUT_SCALE, SCALE, LayerEntry
 from ..formats import get_format
 from ..headers import some
 from ..models.linears import as_linears
@@ -169,7 +169,7 @@ class Fp8KernelsQuantizer(HfQuantizer):
         check_loaded(model, self._made)
         as_linears(model)  # what stays in high precision computes as it did in training
         if not self.pre_quantized:
-            self.quantization_config.groups = quantization_config(Manifest("", "", "", self._made, {}))["groups"]
+            self.quantization_config.groups = quantization_config(self._made)["groups"]
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

@@ -50,7 +50,7 @@ def load_eight_bit(
     headers = read_headers(folder)
     foreign = manifest is None and settings.get("quant_method") != QUANT_METHOD
     layers = _layers(folder, settings, manifest, headers)
-    config.quantization_config = Fp8KernelsConfig(**quantization_config(Manifest("", "", "", layers, {}))).to_dict()
+    config.quantization_config = Fp8KernelsConfig(**quantization_config(layers)).to_dict()
     dtype = getattr(torch, manifest.dtype) if manifest is not None else config.dtype or torch.bfloat16
     wanted = {name for name in headers if not (foreign and is_cache_scale(name))}
     meta = {name: torch.empty(headers[name].shape, dtype=_dtype(headers[name], name), device="meta") for name in wanted}
