@@ -11,6 +11,11 @@ BLOCK = 64  # tokens a store grows by, at least
 SPARE = 32  # a long store grows by one part in so many of itself: 3 % of memory, and each row is copied few times
 
 
+def aim(fmt: Format) -> float:
+    """Where a scale puts the amax that it was made from: the format's target, or half its largest value if less."""
+    return min(fmt.target, fmt.max / 2)
+
+
 class CodeStore:
     """codes uint8 [B, KH, capacity, D] and one scale fp32 [B, KH] a sequence and head, with x ≈ codes * scale.
 
@@ -29,7 +34,7 @@ class CodeStore:
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
         self.length = self.recoded = 0
-        self.aim = min(fmt.target, fmt.max / 2)
+        self.aim = aim(fmt)
         self._open = True  # some scale is 0: not known yet
 
     @property

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..export.kv_cache import Scales
 from ..formats import Format, get_format
 from . import kv_attention
 from .code_store import CodeStore
 from .kv_attention import CachedTensor
-
-Scales = Mapping[int, tuple[Tensor, Tensor]] | Sequence[tuple[Tensor, Tensor]]
 
 
 class EightBitLayer(DynamicLayer):
@@ -98,15 +96,15 @@ class EightBitCache(Cache):
 
     config   of the model
     fmt      "hif8", "e4m3" or another format
-    scales   calibrated scales, a pair (keys, values) of fp32 [KH] by layer; None, or a layer that is missing, takes the
-             amax of the prompt, for every sequence and head
+    scales   calibrated scales, a pair (keys, values) of fp32 [KH] by layer; without them, or for a layer that is
+             missing, each sequence and head takes that of its prompt's amax
     plain    layers that stay in the model's dtype, with the reason
     raises   ValueError for an unknown format
     """
 
     def __init__(self, config: Any, fmt: Format | str = "hif8", *, scales: Scales | None = None) -> None:
         fmt = get_format(fmt)
-        given = dict(scales if isinstance(scales, Mapping) else enumerate(scales or ()))
+        given = scales or {}
         layers = list(DynamicCache(config=config).layers)
         self.plain: dict[int, str] = {}
         for i, layer in enumerate(layers):

@@ -1,0 +1,90 @@
+"""Calibrated scales of the cache: the amax of the sample, through config.json to the last bit, and used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fp8kernels.export.kv_cache import cache_scales, kv_cache_entry
+from fp8kernels.formats import get_format
+from fp8kernels.serving.code_store import aim
+from fp8kernels.serving.kv_cache import EightBitCache
+from fp8kernels.serving.kv_calibrate import calibrate_cache
+
+LAYERS = 2
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["hif8", "e4m3"])
+def test_the_sample_fits_and_reaches_the_aim(model: LlamaForCausalLM, fmt: str) -> None:
+    batches = [torch.randint(0, 50, (3, 20)) for _ in range(4)]
+    scales = calibrate_cache(model, batches, fmt)
+    assert set(scales) == set(range(LAYERS))
+    largest = torch.zeros(LAYERS, 2, 2)  # layer, keys or values, head
+    for ids in batches:
+        cache = EightBitCache(model.config, fmt, scales=scales)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        for i, layer in enumerate(cache.layers):
+            for j, store in enumerate(layer.stores):
+                assert torch.equal(store.scale, scales[i][j].expand(3, 2)) and store.recoded == 0
+                values = get_format(fmt).decode(store.filled()).abs().amax((0, 2, 3))
+                largest[i, j] = largest[i, j].maximum(values)
+    assert (largest <= aim(get_format(fmt)) * 17 / 16).all() and (largest >= aim(get_format(fmt)) * 15 / 16).all()
+
+
+def test_config_json_keeps_every_bit() -> None:
+    scales = {0: (torch.rand(4), torch.rand(4) * 1e-6), 11: (torch.rand(4) * 1e6, torch.rand(4))}
+    entry = json.loads(json.dumps(kv_cache_entry("e4m3", scales)))
+    assert entry["fmt"] == "e4m3"
+    back = cache_scales(entry)
+    assert set(back) == {0, 11}
+    assert all(torch.equal(a, b) for i in scales for a, b in zip(scales[i], back[i], strict=True))
+    assert kv_cache_entry("hif8") == {"fmt": "hif8"}
+    assert cache_scales({"fmt": "hif8"}) is None and cache_scales(None) is None
+
+
+@pytest.mark.parametrize(
+    "scales, said",
+    [
+        ([], "object of lists"),
+        ({"a": [[1.0], [1.0]]}, "names layers by number"),
+        ({"0": [[1.0]]}, "two lists"),
+        ({"0": [[1.0], [1.0, 2.0]]}, "two lists"),
+        ({"0": [[], []]}, "two lists"),
+        ({"3": [[1.0], [0.0]]}, "layer 3 has the scale 0.0"),
+        ({"3": [[-1.0], [1.0]]}, "layer 3 has the scale -1.0"),
+        ({"3": [[True], [1.0]]}, "layer 3 has the scale True"),
+        ({"3": [[1.0], ["x"]]}, "layer 3 has the scale x"),
+        ({"3": [[1.0], [float("nan")]]}, "layer 3 has the scale nan"),
+        ({"3": [[float("inf")], [1.0]]}, "layer 3 has the scale inf"),
+        ({"3": [[10**400], [1.0]]}, "layer 3 has the scale 1000"),
+        ({"3": [[1e-60], [1.0]]}, "layer 3 has the scale 1e-60"),
+    ],
+)
+def test_bad_scales_are_named(scales: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        cache_scales({"fmt": "hif8", "scales": scales})
+
+
+def test_what_cannot_be_calibrated(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="no batch of tokens"):
+        calibrate_cache(model, [])
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 1 has keys or values that are NaN"):
+        calibrate_cache(model, [torch.randint(0, 50, (1, 5))])
+    with pytest.raises(ValueError, match="unknown format"):
+        kv_cache_entry("int8")
