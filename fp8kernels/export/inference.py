@@ -28,11 +28,12 @@ def inference_layer(
     )
 
 
-def check_scales(layer: str, entry: LayerEntry, weight_scale: Tensor, input_scale: Tensor) -> None:
+def check_scales(layer: str, entry: LayerEntry, weight_scale: Tensor, input_scale: Tensor, *, where: str = "") -> None:
     """Refuse scales that decode nothing.
 
     weight_scale   fp32, positive and finite
     input_scale    fp32 [1, 1], the same where the entry says "static"; 0 where inputs take the scale of their own amax
+    where          what the message begins with
     raises         ValueError naming the layer, the scale and the number
     """
     static = entry.input_scaling == "static"
@@ -44,7 +45,7 @@ def check_scales(layer: str, entry: LayerEntry, weight_scale: Tensor, input_scal
         if bad.numel():
             zero = key == INPUT_SCALE and not static
             raise ValueError(
-                f"{layer}.{key} holds {float(bad[0]):g} ({bad.numel()} of {scale.numel()} so): "
+                f"{where}{layer}.{key} holds {float(bad[0]):g} ({bad.numel()} of {scale.numel()} so): "
                 + ("its inputs take the scale of their own amax, for which 0 stands" if zero else "a scale is positive")
                 + "; copy the folder again, or export the model again"
             )

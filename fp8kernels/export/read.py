@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.inference import InferenceLinear
+from .inference import check_scales, inference_layer
 from .layout import (
     CODES,
     INPUT_SCALE,
@@ -70,8 +71,9 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     manifest = check(folder)
     _compare(_expected(model, manifest), manifest.tensors, folder / WEIGHTS, "the model", shapes_only=True)
     tensors = load_file(folder / WEIGHTS)
-    for name in manifest.layers:
-        _check_scales(name, tensors, folder)
+    for name, entry in manifest.layers.items():
+        scales = tensors[f"{name}.{SCALE}"], tensors[f"{name}.{INPUT_SCALE}"]
+        check_scales(name, entry, *scales, where=f"{folder / WEIGHTS}: ")
     for name, entry in manifest.layers.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)  # _expected has seen to it
@@ -130,23 +132,9 @@ def _check_layer(name: str, entry: LayerEntry, manifest: Manifest, folder: Path)
             raise ValueError(f"{folder / WEIGHTS}: it needs {name}.{key} as {dtype}, it holds {found}; {AGAIN}")
 
 
-def _check_scales(name: str, tensors: dict[str, Tensor], folder: Path) -> None:
-    scale, given = tensors[f"{name}.{SCALE}"], tensors[f"{name}.{INPUT_SCALE}"]
-    for key, good in ((SCALE, scale > 0), (INPUT_SCALE, given >= 0)):
-        if not bool((good & tensors[f"{name}.{key}"].isfinite()).all()):
-            raise ValueError(f"{folder / WEIGHTS}: {name}.{key} is not a positive, finite scale; {AGAIN}")
-
-
 def _inference_layer(linear: nn.Linear, entry: LayerEntry, device: torch.device | str | None = None) -> InferenceLinear:
-    return InferenceLinear(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        input_role=entry.input_role(),
-        weight_role=entry.weight_role(),
-        input_target=entry.input_target,
-        power_of_two=entry.power_of_two,
-        device=device,
+    return inference_layer(
+        linear.in_features, linear.out_features, bias=linear.bias is not None, entry=entry, device=device
     )
 
 

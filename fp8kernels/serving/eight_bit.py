@@ -57,9 +57,12 @@ def load_eight_bit(
     rehearse(folder, model_class, config, _as_held(meta, layers, foreign=foreign), dtype=dtype)
     with ExitStack() as files:
         state = _as_held(_read(headers, wanted, files), layers, foreign=foreign)
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    try:
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except ValueError as error:  # scales that decode nothing
+        raise ValueError(f"{folder}: {error}") from None
     assert not report["missing_keys"], "the rehearsal has seen to it"
     return model
 
