@@ -98,9 +98,11 @@ class Server:
                 log.exception("request %s failed before its generation", job.id)
                 job.error = error
             raise job.failure() from None
-        except BaseException:
+        except asyncio.CancelledError:
             self.worker.close(job)
-            raise
+            if not self.ending:
+                raise
+            raise Refused("the server has ended before the answer", status=503, code="server_ending") from None
         if isinstance(response, StreamingResponse):
             response.body_iterator = _whole_stream(response.body_iterator, job)
         return Held(response, self.worker, job)

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,19 +50,14 @@ def vllm_command(folder: Path, settings: Settings, names: list[str]) -> list[str
     ]
 
 
-def run_vllm(
-    folder: Path,
-    settings: Settings,
-    names: list[str],
-    execute: Callable[[str, list[str], dict[str, str]], object] = os.execvpe,
-) -> None:
+def run_vllm(folder: Path, settings: Settings, names: list[str]) -> None:
     """Become `vllm serve`: its signals, its exit code, its output; does not return."""
     words = vllm_command(folder, settings, names)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if os.environ.get(KEY):
         environment["VLLM_API_KEY"] = os.environ[KEY]
     sys.stdout.flush()
-    execute(words[0], words, environment)
+    os.execvpe(words[0], words, environment)
 
 
 def _why_not_vllm(settings: Settings) -> Exception | None:

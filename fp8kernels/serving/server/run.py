@@ -118,7 +118,7 @@ def _run(server: Server, listener: socket.socket, settings: Settings) -> int:
             os._exit(128 + number)
         server.ending = http.should_exit = True
         if server.worker.jobs:
-            said = f"ending: {len(server.worker.jobs)} requests have {settings.grace_seconds} s to end\n"
+            said = f"ending: {settings.grace_seconds} s for requests under way: {len(server.worker.jobs)}\n"
             os.write(2, said.encode())
 
     with _port_errors(listener, host, port):
@@ -132,5 +132,5 @@ def _run(server: Server, listener: socket.socket, settings: Settings) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if http.cut:
-        os.write(2, f"ended: {http.cut} requests were cut off after {settings.grace_seconds} s\n".encode())
+        os.write(2, f"ended: requests cut off after {settings.grace_seconds} s: {http.cut}\n".encode())
     return CUT_OFF if http.cut else 0
