@@ -143,7 +143,8 @@ def finish(layer: nn.Module) -> None:
         if missing:
             which = f" for its parts {missing}" if len(served.parts) > 1 else ""
             raise ValueError(
-                f"{served.name}: the checkpoint brought no {key}{which}; copy the folder again, or export the model again"
+                f"{served.name}: the checkpoint brought no {key}{which}; copy the folder again, or export the model "
+                f"again"
             )
     codes, scale, inputs = (getattr(layer, key).detach() for key in (CODES, SCALE, INPUT_SCALE))
     if inputs.shape[0] > 1 and WHOLE in served.arrived[INPUT_SCALE]:  # fused in the checkpoint: one scale for all parts
