@@ -57,9 +57,9 @@ def _pair(name: str, lists: Any) -> tuple[Tensor, Tensor]:
     if not fits or len(lists[0]) != len(lists[1]):
         raise ValueError(f"{KEY}: scales of layer {name} are {str(lists)[:100]}, they are two lists; calibrate again")
     for each in (*lists[0], *lists[1]):
-        if isinstance(each, bool) or not isinstance(each, int | float) or not SMALLEST_SCALE <= each <= LARGEST_SCALE:
-            raise ValueError(
-                f"{KEY}: layer {name} has the scale {str(each)[:100]}, it is a positive fp32 number; calibrate again"
-            )
+        number = isinstance(each, int | float) and not isinstance(each, bool)
+        if not number or not SMALLEST_SCALE <= each <= LARGEST_SCALE:
+            said = str(each)[:100]
+            raise ValueError(f"{KEY}: layer {name} has the scale {said}, it is a positive fp32 number; calibrate again")
     keys, values = (torch.tensor(each, dtype=torch.float32) for each in lists)
     return keys, values

@@ -21,7 +21,7 @@ from .code_store import aim
 def calibrate_cache(
     model: Any, batches: Iterable[Tensor], fmt: Format | str = "hif8"
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The scales of keys and values, fp32 [KH] each, of every layer of full attention, from their amax over the batches.
+    """The scales of keys and values, fp32 [KH] each, of every layer of full attention, from their amax in the batches.
 
     model    a decoder of transformers, in eval mode or not; it is run as it is, without gradients
     batches  token ids int64 [B, T] without padding
