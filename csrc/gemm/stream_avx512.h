@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kStreamRows = 8;    // rows of x up to which streaming is faster than packing
 constexpr int64_t kStreamGrain = 16;  // columns; at least this many a thread
-constexpr int64_t kPrefetch = 1024;   // bytes ahead in each row of w
+constexpr int64_t kPrefetch = 4096;   // bytes ahead in each row of w; the end of a row goes on in the next columns
 
 struct Stream {
     const GemmArguments& a;
@@ -66,6 +66,10 @@ void stream_tile(const Stream& s, int64_t row, int64_t col) {
     const GemmArguments& a = s.a;
     const uint8_t* w = a.w.codes + col * a.w.row_stride;
     const uint16_t* x = s.x + row * s.x_stride;
+    // The next columns begin where these end, as no prefetcher of the hardware can know: 4 rows of 4 KiB are too short
+    // for it to find their pattern.
+    const int64_t near = kPrefetch < a.depth ? kPrefetch : a.depth;
+    const int64_t next = near - a.depth + kCols * a.w.row_stride;
     __m512 total[kCols][kRows];
     for (int64_t from = 0; from < a.depth; from += s.segment) {
         const int64_t end = from + s.segment;
@@ -77,10 +81,11 @@ void stream_tile(const Stream& s, int64_t row, int64_t col) {
         }
         for (int64_t k = from; k < end; k += 64) {
             const __mmask64 mask = first_bytes(end - k);
+            const int64_t ahead = k + near < a.depth ? near : next;
 #pragma GCC unroll 4
             for (int j = 0; j < kCols; ++j) {
                 const uint8_t* codes = w + j * a.w.row_stride + k;
-                _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
                 const Bytes bytes = s.decoder.bytes(_mm512_maskz_loadu_epi8(mask, codes));
                 const __m512bh first = (__m512bh)first_halves(bytes), second = (__m512bh)second_halves(bytes);
 #pragma GCC unroll 8
