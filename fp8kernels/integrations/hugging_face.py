@@ -166,7 +166,7 @@ class Fp8KernelsQuantizer(HfQuantizer):
                 f"{type(model).__name__}: no linear layer was left to round ({some(self._skip)} are left as they are); "
                 "give fewer modules_to_not_convert"
             )
-        check_loaded(model, self._made)
+        finish(model, self._made)
         as_linears(model)  # what stays in high precision computes as it did in training
         if not self.pre_quantized:
             self.quantization_config.groups = quantization_config(self._made)["groups"]
@@ -244,18 +244,20 @@ def replace(model: nn.Module, name: str, entry: LayerEntry) -> InferenceLinear:
         new = inference_layer(inputs, outputs, bias=old.bias is not None, entry=entry, device="meta")
     except ValueError as error:
         raise ValueError(f"layer {name!r} [{outputs}, {inputs}]: {error}") from None
+    new.weight = torch.empty(outputs, inputs, device="meta")  # some models' initialization reaches for it
     model.set_submodule(name, new.train(old.training))
     return new
 
 
-def check_loaded(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
-    """Refuse a model of which an 8-bit layer was not in the files, or has scales that decode nothing.
+def finish(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
+    """Take away what layers have for loading alone; refuse those not in the files, or with scales that decode nothing.
 
     raises   ValueError naming the layer
     """
     for name, entry in layers.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, InferenceLinear)
+        del layer.weight
         tensors = {key: tensor for key, tensor in layer.named_buffers() if key != "bias"}
         if any(tensor.device.type == "meta" for tensor in tensors.values()):
             continue  # a rehearsal, without storage
