@@ -12,6 +12,7 @@ int64_t decode_attention_workspace(int64_t batch, int64_t kv_heads, int64_t rows
 void decode_attention(const DecodeAttentionArgs& args) {
 #if FP8KERNELS_X86
     if (current_isa() == Isa::avx512) return decode_attention_avx512(args);
+    if (current_isa() == Isa::avx2) return decode_attention_avx2(args);
 #endif
     decode_attention_portable(args);
 }

@@ -46,6 +46,7 @@ void decode_attention(const DecodeAttentionArgs& args);
 
 // The same, one instruction set each; decode_attention() calls the one for current_isa().
 void decode_attention_portable(const DecodeAttentionArgs& args);
+void decode_attention_avx2(const DecodeAttentionArgs& args);
 void decode_attention_avx512(const DecodeAttentionArgs& args);
 
 }  // namespace fp8kernels

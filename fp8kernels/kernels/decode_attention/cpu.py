@@ -1,4 +1,4 @@
-"""decode_attention on CPU cores: the compiled kernels of csrc/decode_attention (AVX-512 or plain C++).
+"""decode_attention on CPU cores: the compiled kernels of csrc/decode_attention (AVX-512, AVX2 or plain C++).
 
 method  one pass over keys and values: codes are decoded in registers, and softmax runs along with a running maximum.
         Every 512 tokens give a partial result of their own; these are merged in order. README.md tells the ideas
