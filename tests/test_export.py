@@ -102,7 +102,8 @@ def test_exporting_changes_neither_the_model_nor_its_mode(tmp_path: Path) -> Non
 
 def test_without_a_history_inputs_are_scaled_by_their_own_amax(tmp_path: Path) -> None:
     model = convert(Net(), "hif8-qat", verbose=False).eval()
-    manifest = export(model, tmp_path / "model", dtype=torch.float32)
+    manifest = export(model, tmp_path / "model", dtype=torch.float32).manifest
+    assert manifest is not None
     assert manifest.layers["first"].input_scaling == "current"
     with torch.no_grad():
         assert torch.equal(load_into(Net(), tmp_path / "model")(TOKENS), model(TOKENS))

@@ -3,14 +3,20 @@
 from .calibrate import Calibration, calibrate
 from .check import Report, check, check_report
 from .layout import LayerEntry, Manifest
+from .plan import LayerPlan, Plan, high_precision, plan_export
 from .read import load_into
+from .report import ExportedLayer, ExportReport
 from .servers import ServerRow, explain_servers
 from .write import export, pack
 
 __all__ = [
     "Calibration",
+    "ExportReport",
+    "ExportedLayer",
     "LayerEntry",
+    "LayerPlan",
     "Manifest",
+    "Plan",
     "Report",
     "ServerRow",
     "calibrate",
@@ -18,6 +24,8 @@ __all__ = [
     "check_report",
     "explain_servers",
     "export",
+    "high_precision",
     "load_into",
     "pack",
+    "plan_export",
 ]

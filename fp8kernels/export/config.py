@@ -4,33 +4,33 @@
      "groups": [{"weight_fmt": "hif8", "weight_block": "tensor", "input_fmt": "hif8", "input_block": "tensor",
                  "input_scaling": "static", "input_target": 15.0, "power_of_two": false,
                  "layers": ["model.layers.0.mlp.up_proj", …]}, …],
-     "kv_cache": {"fmt": "hif8"}}       only where the checkpoint asks for an 8-bit cache
+     "kv_cache": {"fmt": "hif8"}}       only where the checkpoint asks for an 8-bit cache; more in kv_cache.py
 
 Layers that stand in no group are in high precision. Names are those of the tensors in the files.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from ..formats import get_format
+from .kv_cache import cache_scales, kv_cache_entry
 from .layout import LayerEntry, check_entry
 
 QUANT_METHOD = "fp8kernels"
 VERSION = 1  # of the entry; raised when an older reader would misread a newer one
-CONFIG = "config.json"
 KEY = "quantization_config"
 AGAIN = "export the model again"
 
 
-def quantization_config(layers: dict[str, LayerEntry], *, kv_cache: str | None = None) -> dict[str, Any]:
+def quantization_config(
+    layers: dict[str, LayerEntry], *, kv_cache: str | dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What config.json says of a native checkpoint: layers that are read alike share a group.
 
     layers     of a manifest: by name, how each is read
-    kv_cache   the format of an 8-bit cache, or None
+    kv_cache   the format of an 8-bit cache, or what `kv_cache_entry` makes of it and of calibrated scales; or None
     returns    a dict for JSON; groups in the order of their first layers
     raises     ValueError for an unknown format of the cache
     """
@@ -43,7 +43,8 @@ def quantization_config(layers: dict[str, LayerEntry], *, kv_cache: str | None =
         "groups": [{**asdict(entry), "layers": names} for entry, names in groups.items()],
     }
     if kv_cache is not None:
-        found["kv_cache"] = {"fmt": get_format(kv_cache).name}
+        found["kv_cache"] = kv_cache_entry(kv_cache) if isinstance(kv_cache, str) else kv_cache
+        kv_cache_format(found)
     return found
 
 
@@ -82,22 +83,16 @@ def kv_cache_format(config: dict[str, Any]) -> str | None:
     cache = config.get("kv_cache")
     if cache is None:
         return None
-    if not isinstance(cache, dict) or set(cache) != {"fmt"} or not isinstance(cache["fmt"], str):
-        raise ValueError(f'{KEY}: kv_cache is {_brief(cache)}, it is {{"fmt": a format}}; {AGAIN}')
+    if (
+        not isinstance(cache, dict)
+        or not {"fmt"} <= set(cache) <= {"fmt", "scales"}
+        or not isinstance(cache["fmt"], str)
+    ):
+        raise ValueError(
+            f'{KEY}: kv_cache is {_brief(cache)}, it is {{"fmt": a format}}, with "scales" or without; {AGAIN}'
+        )
+    cache_scales(cache)
     return get_format(cache["fmt"]).name
-
-
-def write_config(folder: Path, entry: dict[str, Any], *, dtype: str) -> None:
-    """Put `quantization_config`, and the dtype of what is not 8-bit, into a folder's config.json, where there is one.
-
-    dtype   torch's word, "bfloat16"
-    """
-    path = folder / CONFIG
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config[KEY] = entry
-        config["dtype"] = dtype
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _group(number: int, group: Any) -> tuple[LayerEntry, list[str]]:

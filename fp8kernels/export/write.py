@@ -2,51 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..headers import CONFIG
 from ..nn import Linear, ScaledLayer
 from ..scaling.delayed import INPUT, WEIGHT, is_state
+from .adapters import merged
 from .atomic import staged_folder
-from .config import quantization_config, write_config
-from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, WEIGHTS, LayerEntry, Manifest, file_stamp
+from .config import quantization_config
+from .files import is_ours, save_parts, save_shards, write_config
+from .formats import NATIVE, foreign_config, get_layout
+from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, LayerEntry, Manifest, file_stamp
+from .names import cache_tensors, checkpoint_layers, checkpoint_names, in_order, own
+from .plan import check_numbers, high_precision, plan_export
+from .report import ExportReport, exported
 
 HIGH_PRECISION = (torch.bfloat16, torch.float32)
+ONE_FILE = 2**62  # bytes; more than any file has
 
 
 def export(
-    model: nn.Module, out: str | Path, *, tokenizer: Any = None, dtype: torch.dtype = torch.bfloat16
-) -> Manifest:
-    """Write a converted model as a folder: 8-bit weights, scales, and everything else in `dtype`.
+    model: nn.Module,
+    out: str | Path,
+    *,
+    format: str = NATIVE,
+    tokenizer: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+    cache_scales: Mapping[str, tuple[float, float]] | None = None,
+    kv_cache: str | dict[str, Any] | None = None,
+) -> ExportReport:
+    """Write a converted model as a folder that servers load: 8-bit weights, scales, and everything else in `dtype`.
 
-    model      a model after fp8kernels.convert; where it has a `config` with save_pretrained, that is written too
+    model      a model after fp8kernels.convert; where it has a `config` with save_pretrained, that is written too.
+               Adapters of PEFT are merged into the weights of a copy
+    format     "native": the codes and scales of training, HiF8 among them, for fp8kernels and its plug-ins.
+               "compressed-tensors": E4M3, one scale for a weight and the trained static one for its input, which
+               transformers, vLLM and SGLang read as they are. "compressed-tensors-dynamic": a scale for each row of a
+               weight, inputs scaled token by token as they come. "compressed-tensors-block": a scale for each 128x128,
+               inputs by groups of 128. "fp8": as the first, in the words of vLLM's and SGLang's Fp8Config
     tokenizer  anything with save_pretrained, or None
     dtype      bfloat16 or float32, for what stays in high precision (embeddings, norms, biases)
-    returns    the manifest, as written to fp8kernels.json
+    max_shard_size  bytes or "5GB" of one safetensors file; the native layout is one file
+    cache_scales    for compressed-tensors, (k_scale, v_scale) of an E4M3 cache by the name of an attention module; the
+               file then asks the server for such a cache
+    kv_cache   for native, the format of the cache that config.json asks for, "hif8" or "e4m3", or
+               kv_cache_entry(fmt, scales) with calibrated scales (fp8kernels/export/kv_cache.py)
+    returns    what was written, and what the way from the trained format to that of the file costs; .table() prints
 
-    The scales are those that eval mode uses: a delayed scale is written as the static scale it has become. The folder
-    appears whole or not at all; an earlier export of that name is replaced.
+    The native scales are those that eval mode uses: a delayed scale is written as the static scale it has become. For
+    the others weights are rounded to E4M3 anew from the high-precision ones, with scales that bf16 holds exactly and
+    that q, k and v (gate and up) have in common, because servers compute those as one; an input's static scale is the
+    trained one, translated to E4M3 where it trained in another format. The folder appears whole or not at all; an
+    earlier export of that name is replaced.
 
-    raises     ValueError if nothing is converted, or a converted layer is not a Linear; FileExistsError if `out` holds
-               something that export did not write
-    source     layout: fp8kernels/export/layout.py
+    raises     ValueError naming the layer, and the way out, if nothing is converted, a weight or scale is NaN or Inf, a
+               format does not fit what was trained, or an adapter cannot be merged; FileExistsError if `out` holds
+               something that export did not write; OSError as the disk gives it
+    source     layouts: fp8kernels/export/layout.py, formats.py
     """
     if dtype not in HIGH_PRECISION:
         raise ValueError(f"export: dtype is {dtype}, it must be one of {', '.join(map(str, HIGH_PRECISION))}")
-    from safetensors.torch import save_file
+    if cache_scales is not None and not format.startswith("compressed-tensors"):
+        raise ValueError(f"export: cache_scales belong to the compressed-tensors layouts, not to {format!r}")
+    if kv_cache is not None and format != NATIVE:
+        raise ValueError(f"export: kv_cache belongs to the native layout, not to {format!r}; give cache_scales")
+    if format != NATIVE:
+        get_layout(format)
+    model, notes = merged(model)
+    check_numbers(model)
+    if format == NATIVE:
+        return _export_native(model, Path(out), tokenizer, dtype, notes, kv_cache)
+    plan = plan_export(model, format)
+    tensors, tied = high_precision(model, plan, dtype)
+    tensors.update(cache_tensors(model, cache_scales or {}))
+    layers = {}
+    for name, layer in plan.layers.items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in layer.tensors().items()})
+        layers[name] = exported(layer)
+    tensors = in_order(model, checkpoint_names(model, tensors))
+    settings = foreign_config(plan.layout, checkpoint_layers(model, plan.kept), cache=bool(cache_scales))
+    with staged_folder(Path(out), may_replace=is_ours) as staged:
+        save_parts(model, tokenizer, staged)
+        if not write_config(staged, model, settings, dtype=_word(dtype), tied=tied):
+            notes.append("the model has no config: config.json says how its layers are read, and nothing else")
+        save_shards(tensors, staged, max_shard_size)
+        files = tuple(sorted(path.name for path in staged.iterdir()))
+    return ExportReport(format, layers, plan.kept, plan.left, tied, (*notes, *plan.notes), files)
 
-    out = Path(out)
+
+def _export_native(
+    model: nn.Module,
+    out: Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    notes: list[str],
+    kv_cache: str | dict[str, Any] | None,
+) -> ExportReport:
     layers, tensors, tied = pack(model, dtype)
     recipe = next(module.fp8_recipe.name for module in model.modules() if isinstance(module, ScaledLayer))
-    with staged_folder(out, may_replace=lambda folder: (folder / MANIFEST).is_file()) as staged:
-        for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
-            if part is not None and hasattr(part, "save_pretrained"):
-                part.save_pretrained(staged)
-        save_file(tensors, staged / WEIGHTS, metadata={"format": "pt"})
+    with staged_folder(out, may_replace=is_ours) as staged:
+        save_parts(model, tokenizer, staged)
+        if (staged / CONFIG).is_file():
+            write_config(staged, model, quantization_config(layers, kv_cache=kv_cache), dtype=_word(dtype), tied=tied)
+        save_shards(tensors, staged, ONE_FILE)
         manifest = Manifest(
             recipe=recipe,
             model_class=type(model).__name__,
@@ -54,11 +118,17 @@ def export(
             layers=layers,
             tensors={name: (_word(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
             tied=tied,
+            files={path.name: file_stamp(path) for path in sorted(staged.iterdir())},
         )
-        write_config(staged, quantization_config(layers), dtype=_word(dtype))
-        manifest = replace(manifest, files={path.name: file_stamp(path) for path in sorted(staged.iterdir())})
         (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+    kept = {
+        name: "not converted"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in layers
+    }
+    return ExportReport(
+        NATIVE, kept=kept, tied=tied, notes=tuple(notes), files=(MANIFEST, *manifest.files), manifest=manifest
+    )
 
 
 def pack(
@@ -94,7 +164,7 @@ def pack(
             tied[name] = first[place]
             continue
         first[place] = name
-        tensors[name] = _own(tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None))
+        tensors[name] = own(tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None))
     return layers, tensors, tied
 
 
@@ -126,13 +196,7 @@ def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
         power_of_two=recipe.power_of_two,
     )
     packed = {CODES: coded.codes, SCALE: coded.scale, INPUT_SCALE: input_scale}
-    return entry, {key: _own(tensor.detach().cpu()) for key, tensor in packed.items()}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own: a file does not take two views of one storage."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    return entry, {key: own(tensor.detach().cpu()) for key, tensor in packed.items()}
 
 
 def _word(dtype: torch.dtype) -> str:
