@@ -72,7 +72,7 @@ class Fp8KernelsConfig(QuantizationConfigMixin):
         version: int = VERSION,
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers has an enumeration of its own
         self.version = version
         self.weights, self.inputs = get_format(weights).name, get_format(inputs or weights).name
         self.modules_to_not_convert = modules_to_not_convert
@@ -215,7 +215,7 @@ class _Round(ConversionOps):
         new = replace(model, name, entry)
         if old.bias is not None and old.bias.device.type != "meta":  # it was read before the weight
             new.bias = old.bias.detach().to(torch.float32)
-            new.bias._is_hf_initialized = True
+            new.bias._is_hf_initialized = True  # type: ignore[union-attr]
         self.quantizer._made[name] = entry
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
@@ -239,7 +239,8 @@ def replace(model: nn.Module, name: str, entry: LayerEntry) -> InferenceLinear:
     old = model.get_submodule(name)
     if not _is_linear(old):
         raise ValueError(f"layer {name!r} holds codes in the checkpoint and is a {type(old).__name__} in the model")
-    outputs, inputs = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
+    shape = old.get_parameter("weight").shape
+    outputs, inputs = reversed(shape) if isinstance(old, Conv1D) else shape
     try:
         new = inference_layer(inputs, outputs, bias=old.bias is not None, entry=entry, device="meta")
     except ValueError as error:

@@ -40,9 +40,9 @@ class InferenceEmbedding(nn.Module):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Codes and scales keep their dtypes; what `.to(dtype)` names is the dtype of results."""
         before = dict(self._buffers)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["weight_codes"].device)).dtype
         return self
 
     def extra_repr(self) -> str:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..export import check, load_into
+from ..export import load_into
 from ..export.config import QUANT_METHOD, kv_cache_format
+from ..export.kv_cache import cache_scales
 from ..export.layout import MANIFEST
+from ..export.read import check
+from ..formats import get_format
 from ..headers import CONFIG, read_json
 from .head import use_eight_bit_head
 
@@ -47,12 +50,13 @@ def load(
         loaded = _load_plain(folder)
     if head is not None:
         use_eight_bit_head(loaded, head)
-    if kv_cache is None and settings.get("quant_method") == QUANT_METHOD:
-        kv_cache = kv_cache_format(settings)
-    if kv_cache is not None:
+    asked = kv_cache_format(settings) if settings.get("quant_method") == QUANT_METHOD else None
+    fmt = kv_cache or asked
+    if fmt is not None:
         from .kv_cache import use_eight_bit_cache
 
-        use_eight_bit_cache(loaded, kv_cache)
+        calibrated = asked is not None and get_format(fmt).name == asked  # scales are those of one format
+        use_eight_bit_cache(loaded, fmt, scales=cache_scales(settings["kv_cache"]) if calibrated else None)
     return loaded.eval().requires_grad_(False)
 
 
