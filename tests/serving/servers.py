@@ -27,14 +27,6 @@ TEMPLATE = (
 )
 PROMPT = "def add(a"
 SECONDS = 120  # that a server has to start or end on a busy machine
-START = """
-import sys
-from fp8kernels.serving.server import Settings, serve
-try:
-    sys.exit(serve(sys.argv[1], Settings(**eval(sys.argv[2]))))
-except (ValueError, OSError, ImportError) as error:
-    sys.exit(f"error: {error}")
-"""
 
 
 def write_folder(folder: Path, *, template: str | None = TEMPLATE) -> Path:
@@ -66,17 +58,17 @@ class Running:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=SECONDS)
 
 
-def launch(folder: Path, environment: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
-    """The command's process, not yet ready."""
-    words = [sys.executable, "-c", START, str(folder), repr({"port": 0, **settings})]
+def launch(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The command's process, not yet ready; the last of two ports counts."""
+    words = (sys.executable, "-m", "fp8kernels", "serve", str(folder), "--port", "0", *words)
     surroundings = {**os.environ, "OMP_NUM_THREADS": "2", **(environment or {})}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
 
 
 @contextmanager
-def running(folder: Path, environment: dict[str, str] | None = None, **settings: Any) -> Iterator[Running]:
+def running(folder: Path, *words: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
     """A server until the end of the block, if the block does not end it."""
-    process = launch(folder, environment, **settings)
+    process = launch(folder, *words, environment=environment)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
-    with servers.running(folder, names=("tiny-hif8",), waiting=16) as running:
+    with servers.running(folder, "--served-model-name", "tiny-hif8", "--waiting", "16") as running:
         yield running
 
 

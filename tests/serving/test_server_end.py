@@ -47,7 +47,7 @@ class Asked(threading.Thread):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_request_end(number: signal.Signals, folder: Path) -> None:
-    with servers.running(folder, grace_seconds=60) as server:
+    with servers.running(folder, "--grace", "60") as server:
         asked = [Asked(server, 500), Asked(server, 4, "waiting")]  # one runs, one waits
         server.process.send_signal(number)
         time.sleep(0.3)
@@ -63,7 +63,7 @@ def test_a_signal_lets_the_request_end(number: signal.Signals, folder: Path) -> 
 
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
-    with servers.running(folder, grace_seconds=60) as server:
+    with servers.running(folder, "--grace", "60") as server:
         Asked(server, 4000)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -74,7 +74,7 @@ def test_a_second_signal_ends_at_once(folder: Path) -> None:
 
 
 def test_what_outlasts_the_grace_is_cut_off_and_told(folder: Path) -> None:
-    with servers.running(folder, grace_seconds=1) as server:
+    with servers.running(folder, "--grace", "1") as server:
         asked = Asked(server, 4000)
         server.process.send_signal(signal.SIGTERM)
         _, said = server.process.communicate(timeout=SECONDS)
@@ -91,7 +91,9 @@ def test_a_taken_port_is_one_line_before_the_model_is_loaded(folder: Path) -> No
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is in use; give another one"):
             take_port("127.0.0.1", port)
-        _, said = servers.launch(folder, port=port).communicate(timeout=SECONDS)
+        process = servers.launch(folder, "--port", str(port))
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
     assert said == f"error: port {port} on 127.0.0.1 is in use; give another one\n"
 
 
@@ -116,7 +118,7 @@ def test_a_bad_folder_is_told_in_one_line_and_the_port_is_free_again(
     spoil(bad)
     process = servers.launch(bad)
     out, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert out == ""
     assert said.startswith("error: ")
     assert match in said

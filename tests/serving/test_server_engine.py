@@ -90,6 +90,12 @@ def test_serve_becomes_vllm_with_the_same_settings(machine, tmp_path: Path, monk
     assert (environment["HF_HUB_OFFLINE"], environment["VLLM_API_KEY"]) == ("1", "sesame")
 
 
+def test_words_for_vllm_are_refused_where_transformers_serves(machine, tmp_path: Path) -> None:
+    machine(vllm=False, gpu=False)
+    with pytest.raises(ValueError, match="--max-model-len 64: further words are for vLLM"):
+        serve(tmp_path, Settings(extra=("--max-model-len", "64")))
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

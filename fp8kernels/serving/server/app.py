@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...nn.inference import InferenceLinear, nbytes
-from .endpoints import Chat, Completions, Sampling
+from .endpoints import Chat, Completions
 from .metrics import CONTENT_TYPE, Metrics
 from .model import OneModel
 from .requests import Refused, parse
@@ -40,7 +40,7 @@ class Server:
         self.metrics = Metrics()
         self.worker = Worker(settings.waiting, self.metrics)
         state = OneWorker(self.worker)
-        self.endpoints: dict[str, Sampling] = {
+        self.endpoints: dict[str, Completions | Chat] = {
             "/v1/completions": Completions(manager, state),
             "/v1/chat/completions": Chat(manager, state),
         }
@@ -216,7 +216,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _whole_stream(pieces: AsyncIterator[Any], job: Job) -> AsyncIterator[str]:
+async def _whole_stream(pieces: AsyncIterable[Any], job: Job) -> AsyncIterator[str]:
     """Transformers' events, with an error as OpenAI's API shapes it and the mark that ends a whole stream."""
     async for piece in pieces:
         if job.error is not None and '{"error": "' in piece:

@@ -30,7 +30,7 @@ def choose(settings: Settings) -> str:
     return "vllm"
 
 
-def vllm_command(folder: Path, settings: Settings, names: list[str]) -> list[str]:
+def vllm_command(folder: Path, settings: Settings) -> list[str]:
     """The words of `vllm serve` that mean these settings; the key goes through the environment."""
     program = shutil.which("vllm")
     start = [program] if program else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -43,16 +43,16 @@ def vllm_command(folder: Path, settings: Settings, names: list[str]) -> list[str
         "--port",
         str(settings.port),
         "--served-model-name",
-        *names,
+        *settings.names_for(folder),
         "--kv-cache-dtype",
         VLLM_CACHES[settings.kv_cache],
         *settings.extra,
     ]
 
 
-def run_vllm(folder: Path, settings: Settings, names: list[str]) -> None:
+def run_vllm(folder: Path, settings: Settings) -> None:
     """Become `vllm serve`: its signals, its exit code, its output; does not return."""
-    words = vllm_command(folder, settings, names)
+    words = vllm_command(folder, settings)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if os.environ.get(KEY):
         environment["VLLM_API_KEY"] = os.environ[KEY]

@@ -12,11 +12,6 @@ from .requests import Refused
 from .settings import Settings
 
 
-def names_of(folder: Path, settings: Settings) -> list[str]:
-    """The names a client may use: the folder's own first, then those of the settings, each once."""
-    return list(dict.fromkeys([folder.resolve().name, *settings.names]))
-
-
 class OneModel(ModelManager):
     """What transformers' handlers ask for models; every name but the served ones is answered with 404.
 
@@ -34,13 +29,12 @@ class OneModel(ModelManager):
 
         raises   as serving.load; ValueError if its tokenizer cannot stream
         """
-        asked = {"head": settings.head, "kv_cache": settings.kv_cache}
         tokenizer = load_tokenizer(folder)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"the tokenizer in {folder} is a slow one, which cannot stream; save a fast one beside it")
-        model = load(folder, **{name: value for name, value in asked.items() if value is not None})
+        model = load(folder, head=settings.head, kv_cache=settings.kv_cache)
         created = int((folder / "config.json").stat().st_mtime)
-        return cls(model, tokenizer, names_of(folder, settings), created)
+        return cls(model, tokenizer, settings.names_for(folder), created)
 
     @property
     def context(self) -> int | None:

@@ -35,9 +35,10 @@ def serve(folder: str | Path, settings: Settings | None = None) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the one that export wrote")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
-    names = list(dict.fromkeys([folder.resolve().name, *settings.names]))
     if choose(settings) == "vllm":
-        run_vllm(folder, settings, names)
+        run_vllm(folder, settings)
+    if settings.extra:
+        raise ValueError(f"{' '.join(settings.extra)[:100]}: further words are for vLLM, and transformers serves here")
     listener = take_port(settings.host, settings.port)
     try:
         server = _load(folder, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 ENGINES = ("auto", "transformers", "vllm")
 KEY = "FP8KERNELS_API_KEY"  # of the environment, as arguments are seen by every user of the machine
@@ -48,3 +49,7 @@ class Settings:
             raise ValueError(f"grace_seconds is {self.grace_seconds}; it is 0 or more")
         if any(not name.strip() for name in self.names):
             raise ValueError("a name of the model is empty")
+
+    def names_for(self, folder: Path) -> list[str]:
+        """The names a client may use: the folder's own first, each once."""
+        return list(dict.fromkeys([folder.resolve().name, *self.names]))

@@ -88,7 +88,8 @@ class Stream(DirectStreamer):
 
     def __init__(self, job: Job, tokenizer: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(tokenizer._tokenizer, *arguments, **options)
-        self.job, self.whole, self.ids, self.sent = job, tokenizer, [], ""
+        self.job, self.whole, self.sent = job, tokenizer, ""
+        self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt first, then each token."""
