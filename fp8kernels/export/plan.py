@@ -210,8 +210,7 @@ def _input_scales(layers: dict[str, Linear], layout: Layout) -> dict[str, Tensor
     for name, layer in layers.items():
         recipe = layer.fp8_recipe
         scale = layer.fp8_scale[INPUT : INPUT + 1].float()  # (1,), in units of the trained format
-        calibrated = getattr(layer, "fp8_calibrated", False)
-        if recipe.input.scaling == "current" and not calibrated:
+        if recipe.input.scaling == "current" and not layer.fp8_calibrated:
             fits = "compressed-tensors-block" if recipe.input.block == "1x128" else "compressed-tensors-dynamic"
             raise ValueError(
                 f"export: layer {name!r} was trained with inputs scaled by their own amax ({recipe.input.block}), and "

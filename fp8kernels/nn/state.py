@@ -69,6 +69,7 @@ class ScaledLayer(nn.Module):
     fp8_warm: bool  # whether the recipe's warm-up steps are over
     fp8_high: bool  # whether the alarm's policy "fallback" or `hold_high` has taken the layer to high precision
     fp8_held: bool = False  # whether it stays there, by `hold_high`
+    fp8_calibrated: bool = False  # whether the input's scale was made to be static, whatever the recipe trains with
     fp8_scaled: tuple[int, tuple[bool, ...]] = (-1, ())  # of which generation of the state, which roles have a scale
     fp8_kept: Kept  # the weight's codes, from one commit to the next
     fp8_routes: tuple[str, ...]  # of the three roles: the recipe's; the counters turn "auto" into "exact"
@@ -111,7 +112,7 @@ class ScaledLayer(nn.Module):
             self._non_persistent_buffers_set.discard(key)
         for key in ("fp8_recipe", "fp8_name", "fp8_warm", "fp8_family", "fp8_routes", "fp8_shifts", "fp8_high"):
             self.__dict__.pop(key, None)
-        for key in (*FLEETING, "fp8_scaled", "fp8_held"):
+        for key in (*FLEETING, "fp8_scaled", "fp8_held", "fp8_calibrated"):
             self.__dict__.pop(key, None)
         moved()
 
