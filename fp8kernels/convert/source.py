@@ -84,13 +84,30 @@ def parameter_readers(module: nn.Module, argument: int | str) -> list[Place]:
 
     raises   Unreadable unless these are all that do
     """
+    return _follow(module, parameter_uses(module, argument))
+
+
+def parameter_uses(module: nn.Module, argument: int | str) -> list[Use]:
+    """The calls of submodules that one argument of a module's forward is given to, in the order of the source.
+
+    raises   Unreadable if it is read in another way, but for its shape and the like
+    """
     function = forward_of(module)
     names = [argument.arg for argument in function.args.args[1:]]
     if isinstance(argument, int):
         argument = names[argument] if argument < len(names) else f"argument {argument}"
     if argument not in names + [keyword.arg for keyword in function.args.kwonlyargs]:
         raise Unreadable(f"{_name(module)} has no parameter {argument}")
-    return _follow(module, _Reader(function, argument).uses())
+    return _Reader(function, argument).uses()
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """The names of the arguments of a module's forward, but self.
+
+    raises   Unreadable as forward_of does
+    """
+    arguments = forward_of(module).args
+    return [argument.arg for argument in [*arguments.args[1:], *arguments.kwonlyargs]]
 
 
 def _follow(module: nn.Module, uses: list[Use]) -> list[Place]:
