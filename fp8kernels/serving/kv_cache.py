@@ -99,13 +99,20 @@ class EightBitCache(Cache):
     scales   calibrated scales, a pair (keys, values) of fp32 [KH] by layer; without them, or for a layer that is
              missing, each sequence and head takes that of its prompt's amax
     plain    layers that stay in the model's dtype, with the reason
-    raises   ValueError for an unknown format
+    raises   ValueError for an unknown format, and scales of a layer or a head that the model has not
     """
 
     def __init__(self, config: Any, fmt: Format | str = "hif8", *, scales: Scales | None = None) -> None:
         fmt = get_format(fmt)
         given = scales or {}
         layers = list(DynamicCache(config=config).layers)
+        heads = getattr(config.get_text_config(decoder=True), "num_key_value_heads", None)
+        for i, pair in given.items():
+            if i not in range(len(layers)) or any(heads not in (None, len(scale)) for scale in pair):
+                raise ValueError(
+                    f"scales of layer {i} are for {[len(scale) for scale in pair]} heads of keys and values; the model "
+                    f"has {len(layers)} layers with {heads} such heads: calibrate again on this model"
+                )
         self.plain: dict[int, str] = {}
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -152,7 +159,7 @@ def use_eight_bit_cache(model: Any, fmt: Format | str = "hif8", *, scales: Scale
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot use an 8-bit cache: {reason}")
     config = model.config.get_text_config(decoder=True)
-    plain = EightBitCache(config, fmt).plain
+    plain = EightBitCache(config, fmt, scales=scales).plain  # also checks the scales
     if plain:
         kinds = ", ".join(sorted(set(plain.values())))
         warnings.warn(

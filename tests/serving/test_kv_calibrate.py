@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from fp8kernels.convert import convert
+from fp8kernels.export import export
 from fp8kernels.export.kv_cache import cache_scales, kv_cache_entry
 from fp8kernels.formats import get_format
+from fp8kernels.serving import load
 from fp8kernels.serving.code_store import aim
 from fp8kernels.serving.kv_cache import EightBitCache
 from fp8kernels.serving.kv_calibrate import calibrate_cache
@@ -88,3 +93,35 @@ def test_what_cannot_be_calibrated(model: LlamaForCausalLM) -> None:
         calibrate_cache(model, [torch.randint(0, 50, (1, 5))])
     with pytest.raises(ValueError, match="unknown format"):
         kv_cache_entry("int8")
+
+
+def test_a_folder_asks_for_the_cache_and_has_its_scales(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    scales = calibrate_cache(model, [torch.randint(0, 50, (2, 20))], "e4m3")
+    convert(model, "hif8-qat", verbose=False)
+
+    def exported(name: str, kv_cache: Any) -> Path:
+        export(model, tmp_path / name, dtype=torch.float32, kv_cache=kv_cache)
+        return tmp_path / name
+
+    assert isinstance(cache_of(load(exported("plain", None))), DynamicCache)
+    assert isinstance(cache_of(load(exported("format", "hif8"))), EightBitCache)
+    folder = exported("scales", kv_cache_entry("e4m3", scales))
+    cache = cache_of(load(folder))
+    assert torch.equal(cache.layers[1].stores[0].scale[0], scales[1][0])
+    other = cache_of(load(folder, kv_cache="hif8"))  # scales of another format are not taken
+    assert not torch.equal(other.layers[1].stores[0].scale[0], scales[1][0])
+    folder = exported("layer", kv_cache_entry("e4m3", {5: scales[1]}))
+    with pytest.raises(ValueError, match=r"scales of layer 5 .* has 2 layers with 2 such heads"):
+        load(folder)
+    with pytest.raises(ValueError, match=r"layer 0 has the scale 0\.0"):
+        exported("zero", {"fmt": "e4m3", "scales": {"0": [[1.0, 1.0], [0.0, 1.0]]}})
+    with pytest.raises(ValueError, match="unknown format 'int8'"):
+        exported("unknown", "int8")
+    assert not (tmp_path / "zero").exists() and not (tmp_path / "unknown").exists()
+
+
+def cache_of(model: Any) -> Any:
+    """What generate used for its keys and values."""
+    ids = torch.randint(1, 50, (1, 8))
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings).past_key_values
