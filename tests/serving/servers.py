@@ -61,7 +61,7 @@ class Running:
 def launch(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """The command's process, not yet ready; the last of two ports counts."""
     words = (sys.executable, "-m", "fp8kernels", "serve", str(folder), "--port", "0", *words)
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "2", **(environment or {})}
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
 
 
