@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from fp8kernels.formats import get_format
+from fp8kernels.formats import Format, get_format
 from fp8kernels.kernels.decode_attention import HeadCodes
 
 from .case import Case, Shape, device_of, in_turn, pick, text
@@ -14,6 +15,7 @@ from .check import tolerance
 
 LLAMA_8B = (1, 32, 8, 4096, 128)  # batch, heads, heads of keys, tokens, width: Llama-3-8B with a context of 4k
 SMALL = (1, 8, 2, 512, 64)
+DRAWN = 1 << 16  # numbers that are drawn for a tensor; they repeat
 LAYERS = 8  # caches that take turns, as the layers of a model do, so that none is read from the processor's cache
 
 
@@ -30,8 +32,7 @@ def versus_sdpa(fmt: str, shape: Shape = LLAMA_8B, backend: str = "cpu") -> Case
     ours, theirs = [], []
     for layer in range(LAYERS):
         k, v = numbers(layer, (batch, kv_heads, tokens, width), device)
-        scale = k.new_full((batch, kv_heads), 4.0 / f.target, dtype=torch.float32)
-        keys, values = (HeadCodes(f.encode(x.float() / scale[:, :, None, None]), scale) for x in (k, v))
+        keys, values = (HeadCodes(*coded(x, f)) for x in (k, v))
         args = (q, keys, values, f, width**-0.5, None)
         chosen = pick("decode_attention", backend, *args)
         ours.append(lambda run=chosen.run, args=args: run(*args))
@@ -51,12 +52,21 @@ def versus_sdpa(fmt: str, shape: Shape = LLAMA_8B, backend: str = "cpu") -> Case
     )  # fmt: skip
 
 
-def numbers(seed: int, shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normal keys and values in bf16."""
-    drawn = torch.randn(2, 1 << 16, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
+def numbers(seed: int, shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+    """Normal keys and values in bf16, which repeat."""
+    drawn = torch.randn(2, DRAWN, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
+    return filled(drawn[0], shape), filled(drawn[1], shape)
+
+
+def coded(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Codes of such numbers, and a scale for each head."""
+    scale = x.new_full(x.shape[:2], 4.0 / fmt.target, dtype=torch.float32)
+    return filled(fmt.encode(x.flatten()[:DRAWN].float() / scale[0, 0]), x.shape), scale
+
+
+def filled(x: Tensor, shape: Shape) -> Tensor:
     count = torch.Size(shape).numel()
-    k, v = (each.repeat(-(-count // each.numel()))[:count].reshape(shape) for each in drawn)
-    return k.contiguous(), v.contiguous()
+    return x.repeat(-(-count // x.numel()))[:count].reshape(shape).contiguous()
 
 
 def test_decode_attention(fmt: str, shape: Shape, backend: str, race: Callable[[Case], None]) -> None:

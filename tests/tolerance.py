@@ -125,17 +125,18 @@ def attention_bound(
     if tokens == 0:
         return want, torch.zeros_like(want)
     k, v = (
-        (fmt.decode(each.codes).double() * each.scale.double()[:, :, None, None])
-        .abs()
-        .repeat_interleave(q.shape[1] // keys.codes.shape[1], 1)
+        (fmt.decode(each.codes).double() * each.scale.double()[:, :, None, None]).repeat_interleave(
+            q.shape[1] // keys.codes.shape[1], 1
+        )
         for each in (keys, values)
     )  # [B, H, T, D]
-    largest = (q.double().abs() @ k.transpose(-1, -2) * abs(scaling)).amax(-1, keepdim=True)  # [B, H, Q, 1]
+    largest = (q.double().abs() @ k.abs().transpose(-1, -2) * abs(scaling)).amax(-1, keepdim=True)  # [B, H, Q, 1]
     moves = tokens / ATTENTION_TILE + tokens / ATTENTION_SPLIT + 2
     weight = torch.expm1(2 * (width + 6) * u * largest) + 4 * u + moves * u * (4 * largest + 4)
-    ones = torch.where(torch.eye(tokens, dtype=torch.bool), *fmt.encode(torch.tensor([1.0, 0.0])))  # [T, T] codes
-    unit = HeadCodes(ones.expand(*keys.codes.shape[:2], -1, -1), torch.ones_like(keys.scale))
-    sums = attend(q.double(), keys, unit, fmt, scaling, mask) @ v  # [B, H, Q, D]: the weights times |v|
+    if mask is None:
+        mask = torch.ones(q.shape[2], tokens, dtype=torch.bool).tril(tokens - q.shape[2])
+    scores = (q.double() @ k.transpose(-1, -2) * scaling).masked_fill(~mask, -torch.inf)  # [B, H, Q, T]
+    sums = scores.softmax(-1).nan_to_num(0.0) @ v.abs()  # [B, H, Q, D]; a query that sees no token has no weights
     error = 2 * (weight + (tokens + 4) * u) * sums * (1 + weight) + tokens * 2.0**-126 * v.amax()
     return want, error + (UNIT[q.dtype] + u) * (want.abs() + error) + SMALLEST[q.dtype]
 
