@@ -14,9 +14,10 @@ from .architecture import module_classes
 from .config import QUANT_METHOD, entries
 from .foreign import OTHER_EIGHT_BITS, STORED, foreign_entries, is_cache_scale
 from .layout import MANIFEST, Manifest
+from .patterns import Patience
 from .read import check as check_native
 from .servers import ServerRow, rows_of
-from .stored import COMPRESSED, FP8, MODELOPT, Stored, StoredLayer, ignore_list, ignores, read_stored, with_entries
+from .stored import COMPRESSED, FP8, MODELOPT, Stored, StoredLayer, ignored_by, ignores, read_stored, with_entries
 from .values import Values, read_values
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -87,8 +88,8 @@ def check_report(folder: str | Path) -> Report:
     elif stored.method:
         report.problems.extend(_foreign(stored))
     report.problems.extend(_shapes(stored))
-    _names(stored, report)
     try:
+        _names(stored, report)
         values = read_values(stored)
         report.rows = rows_of(stored, values)
     except ValueError as error:
@@ -204,7 +205,7 @@ def _scales(stored: Stored, layer: StoredLayer) -> list[str]:
 
 def _names(stored: Stored, report: Report) -> None:
     """Ignore lists that mean nothing, and tensors that the model does not know."""
-    ignored = ignore_list(stored)
+    ignored = ignored_by(stored)
     if not stored.config:
         report.warnings.append(f"no {CONFIG}: servers build no model from the folder")
         return
@@ -222,9 +223,10 @@ def _names(stored: Stored, report: Report) -> None:
         if unknown:
             report.warnings.append(f"{len(unknown)} tensors belong to no module of the model: {some(unknown)}")
     kinds = set(classes.values()) if isinstance(classes, dict) else set()
-    idle = [
-        name for name in ignored if name not in kinds and not any(ignores(stored.method, name, one) for one in names)
-    ]
+    patience, met = Patience(), ignored.names & (names | kinds)
+    for name in names:
+        met.update(entry for entry in ignored.of(name, patience) if ignores(stored.method, entry, name))
+    idle = [entry for entry in ignored.entries if entry not in met]
     if idle:
         report.warnings.append(f"{len(idle)} ignored names match no module: {some(idle)}")
 

@@ -7,7 +7,10 @@ anybody waits; those are refused before they are used.
 from __future__ import annotations
 
 import re
+import time
 import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,12 +23,39 @@ REGEX = "re:"
 LONGEST_PATTERN = 1000  # characters
 LONGEST_NAME = 512  # characters of a tensor's name; those of real models have below 200
 MOST_REPEATS = 3  # "*", "+" and "{2,5}" in one expression: time grows as the length of a name to this power
+EACH = 16  # patterns between two looks at the clock
 MOST_OPTIONAL = 8  # "?" in one expression: each may double the time
 REPEATS = tuple(
     getattr(sre_constants, name)
     for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
     if hasattr(sre_constants, name)
 )
+
+
+@dataclass
+class Patience:
+    """How long many names may be held against many patterns; one of them alone takes milliseconds at most."""
+
+    seconds: float = 20.0  # of this thread on a processor; thousands of layers and dozens of patterns take one
+    start: float = field(default_factory=time.thread_time)
+
+    def spend(self) -> None:
+        """raises ValueError once the time is up."""
+        if time.thread_time() - self.start > self.seconds:
+            raise ValueError(
+                f"the patterns of the config take more than {self.seconds:g} s for the names in the files; name layers "
+                "in fewer and simpler patterns"
+            )
+
+    def all(self, patterns: Iterable[str]) -> Iterator[str]:
+        """The patterns, one after the other.
+
+        raises   ValueError once the time is up
+        """
+        for index, pattern in enumerate(patterns):
+            if index % EACH == 0:
+                self.spend()
+            yield pattern
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -6,7 +6,7 @@ Read loosely: what no server could load is described too, so that `check` can sa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..headers import CONFIG, FLOATS, TensorHeader, check_folder, read_headers, 
 from .config import KEY, QUANT_METHOD
 from .foreign import INPUT_SCALES, OTHER_EIGHT_BITS, STORED, WEIGHT_SCALES
 from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, LayerEntry
-from .patterns import matches
+from .patterns import REGEX, Patience, matches
 
 OLD_CONFIG = "hf_quant_config.json"  # ModelOpt's own, beside config.json
 COMPRESSED, FP8, MODELOPT = "compressed-tensors", "fp8", "modelopt"
@@ -24,7 +24,6 @@ FUSED = {  # projections that vLLM and SGLang compute as one: their packed_modul
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-MOST_COMPARISONS = 50_000_000  # of names with patterns; more take minutes
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|embeddings?)$")  # tables that are looked up in, by common names
 
 
@@ -137,8 +136,26 @@ def with_entries(stored: Stored, entries: Mapping[str, LayerEntry]) -> None:
             stored.layers[index] = StoredLayer(**{**layer.__dict__, "scheme": scheme})
 
 
-def ignore_list(stored: Stored) -> list[str]:
-    """The names and patterns of layers that config.json leaves in high precision.
+class Ignored:
+    """The names and patterns of layers that config.json leaves in high precision."""
+
+    def __init__(self, method: str, entries: list[str]) -> None:
+        self.entries = entries
+        plain = {entry for entry in entries if not entry.startswith(REGEX)} if method != MODELOPT else set()
+        self.names, self.patterns = plain, [entry for entry in entries if entry not in plain]
+
+    def of(self, layer: str, patience: Patience) -> Iterator[str]:
+        """The entries that may mean a layer.
+
+        raises   ValueError once patience is at its end
+        """
+        if layer in self.names:
+            yield layer
+        yield from patience.all(self.patterns)
+
+
+def ignored_by(stored: Stored) -> Ignored:
+    """What config.json leaves in high precision.
 
     raises   ValueError if that is no list of words
     """
@@ -154,8 +171,8 @@ def ignore_list(stored: Stored) -> list[str]:
         if found := settings.get(key):
             if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
                 raise ValueError(f"{CONFIG}: {key} is {str(found)[:100]!r}, it is a list of names of layers")
-            return found
-    return []
+            return Ignored(stored.method, found)
+    return Ignored(stored.method, [])
 
 
 def ignores(method: str, pattern: str, name: str) -> bool:
@@ -174,17 +191,11 @@ def ignores(method: str, pattern: str, name: str) -> bool:
 
 
 def _layers(stored: Stored) -> list[StoredLayer]:
-    ignored = ignore_list(stored)
-    groups = stored.settings.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
-    targets = sum(len(group.get("targets") or "") for group in groups if isinstance(group, dict))
-    if (len(ignored) + targets + len(groups)) * len(stored.tensors) > MOST_COMPARISONS:
-        raise ValueError(
-            f"{CONFIG}: {len(ignored):,} ignored names and {targets:,} targets are too many for "
-            f"{len(stored.tensors):,} tensors; name layers by patterns"
-        )
+    ignored = ignored_by(stored)
+    patience = Patience()
     found = []
     for name, header in stored.tensors.items():
+        patience.spend()
         layer, _, key = name.rpartition(".")
         if key == CODES and len(header.shape) == 2:
             has = [f"{layer}.{part}" if f"{layer}.{part}" in stored.tensors else None for part in (SCALE, INPUT_SCALE)]
@@ -197,7 +208,7 @@ def _layers(stored: Stored) -> list[StoredLayer]:
             or not (plain or header.dtype == STORED or header.dtype in OTHER_EIGHT_BITS)
         ):
             continue
-        skip = any(ignores(stored.method, pattern, layer) for pattern in ignored)
+        skip = any(ignores(stored.method, pattern, layer) for pattern in ignored.of(layer, patience))
         found.append(
             StoredLayer(
                 layer,
@@ -206,7 +217,7 @@ def _layers(stored: Stored) -> list[StoredLayer]:
                 header.dtype,
                 _first(layer, WEIGHT_SCALES, stored.tensors),
                 _first(layer, INPUT_SCALES, stored.tensors),
-                None if skip else _scheme(stored, layer),
+                None if skip else _scheme(stored, layer, patience),
                 skip,
             )
         )
@@ -217,7 +228,7 @@ def _first(layer: str, keys: tuple[str, ...], tensors: Mapping[str, TensorHeader
     return next((f"{layer}.{key}" for key in keys if f"{layer}.{key}" in tensors), None)
 
 
-def _scheme(stored: Stored, layer: str) -> Scheme | None:
+def _scheme(stored: Stored, layer: str, patience: Patience) -> Scheme | None:
     """What config.json says of a layer that it does not ignore."""
     settings = stored.settings
     if stored.method == FP8:
@@ -242,7 +253,7 @@ def _scheme(stored: Stored, layer: str) -> Scheme | None:
         targets = group.get("targets") if isinstance(group, dict) else None
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             continue
-        if any(target != "Linear" and matches(target, layer) for target in targets):
+        if any(matches(target, layer) for target in patience.all(targets) if target != "Linear"):
             named = named or group
         elif "Linear" in targets:
             whole = whole or group
