@@ -142,7 +142,6 @@ def _commit(model: nn.Module, seen: dict[ScaledLayer, Tensor]) -> None:
         target = torch.full_like(amax, recipe.target(INPUT))  # a static scale, too, which no step would move
         state = State(layer.fp8_history[INPUT : INPUT + 1], amax, layer.fp8_scale[INPUT : INPUT + 1], target)
         commit_states([state], ScaleRule(recipe.algorithm, 0, recipe.power_of_two, recipe.decay))
-        layer.fp8_calibrated = layer.fp8_calibrated or layer in seen
 
 
 @contextlib.contextmanager
