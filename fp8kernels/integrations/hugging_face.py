@@ -40,13 +40,15 @@ from ..headers import some
 from ..models.linears import as_linears
 from ..nn.inference import InferenceLinear
 from ..ops import quantize
+from ..scaling.block import get_block
+from ..scaling.qtensor import QTensor
 
 logger = logging.get_logger(__name__)
 
 ON_THE_FLY = "row"  # the block of weights and inputs that are rounded while a plain checkpoint is read
 NOT_TRAINABLE = (
-    "layers that hold 8-bit codes have no gradients, not even for adapters above or below them: load the model in "
-    "BF16, call fp8kernels.convert(model), train it (with or without PEFT), and export it again"
+    "layers that hold 8-bit codes have no gradients, not even for adapters above or below them: train the model that "
+    "was exported, or take model.dequantize(), with fp8kernels.convert(model) (and PEFT, if you like); then export it"
 )
 
 
@@ -170,6 +172,24 @@ class Fp8KernelsQuantizer(HfQuantizer):
         as_linears(model)  # what stays in high precision computes as it did in training
         if not self.pre_quantized:
             self.quantization_config.groups = quantization_config(self._made)["groups"]
+        return model
+
+    @torch.no_grad()
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Plain linear layers in `dtype` again, with the numbers that the codes mean; for `model.dequantize()`."""
+        for name in self._made:
+            layer = model.get_submodule(name)
+            codes = QTensor(
+                layer.weight_codes,
+                layer.weight_scale,
+                get_format(layer.weight_role.fmt),
+                get_block(layer.weight_role.block),
+            )
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(codes.dequantize().to(dtype))
+            if layer.bias is not None:
+                linear.bias = nn.Parameter(layer.bias.to(dtype))
+            model.set_submodule(name, linear.train(layer.training))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from ..export.layout import MANIFEST
 from ..export.read import check
 from ..formats import get_format
 from ..headers import CONFIG, read_json
+from .fuse import fuse_for_serving
 from .head import use_eight_bit_head
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -32,6 +36,8 @@ def load(
               embedding that shares them (serving/head.py); None leaves both as they are stored
     kv_cache  the format of an 8-bit cache of keys and values; None goes by config.json
     model     the plain model to fill from a native folder, where transformers does not build it from config.json
+
+    Layers that read one value (q, k and v; gate and up) become one product with the same bits (serving/fuse.py).
 
     Nothing is fetched, nothing is unpickled, and no code of the folder is run.
 
@@ -50,6 +56,8 @@ def load(
         loaded = _load_plain(folder)
     if head is not None:
         use_eight_bit_head(loaded, head)
+    for fused in fuse_for_serving(loaded):
+        logger.info("%s", fused)
     asked = kv_cache_format(settings) if settings.get("quant_method") == QUANT_METHOD else None
     fmt = kv_cache or asked
     if fmt is not None:

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from serving.folders import LAYOUTS, SIZE, edit_config, write_folder
 from torch import Tensor
 
+from fp8kernels.export import export
 from fp8kernels.formats import E4M3
 from fp8kernels.models.llama import LlamaSize
 from fp8kernels.nn.inference import InferenceLinear
 from fp8kernels.serving import load
+from fp8kernels.telemetry import sqnr_db
 
 LAYERS = 7 * SIZE.layers
 EDGE = 128
@@ -206,6 +208,18 @@ def test_a_config_that_no_layer_can_follow_is_refused(change, match: str, tmp_pa
     with pytest.raises(ValueError, match=match) as refused:
         load(tmp_path)
     assert re.search(re.escape(str(tmp_path)), str(refused.value)), "the message says which folder"
+
+
+def test_every_format_of_export_comes_back(hif8, prompt_ids, tmp_path: Path) -> None:
+    with torch.no_grad():
+        trained = hif8(prompt_ids).logits
+    for fmt in ("native", "compressed-tensors", "compressed-tensors-dynamic", "compressed-tensors-block", "fp8"):
+        export(hif8, tmp_path / fmt, format=fmt)
+        model = load(tmp_path / fmt, head="e4m3")
+        assert len(layers_of(model)) == LAYERS + 1, "and the head"
+        with torch.no_grad():
+            noise = sqnr_db(trained, model(prompt_ids).logits)
+        assert noise > 20, f"{fmt}: {noise:.1f} dB from the trained model"
 
 
 def test_shards_are_read_like_one_file(tmp_path: Path) -> None:

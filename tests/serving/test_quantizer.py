@@ -22,6 +22,7 @@ from fp8kernels.integrations.hugging_face import Fp8KernelsConfig, Fp8KernelsQua
 from fp8kernels.models.linears import as_linears
 from fp8kernels.nn.inference import InferenceLinear, nbytes
 from fp8kernels.serving import load
+from fp8kernels.telemetry import sqnr_db
 
 LAYERS = 7 * common.SIZE.layers
 
@@ -267,6 +268,22 @@ def test_training_is_refused_with_the_way_out(bf16_folder: Path, tmp_path: Path,
         logging.disable_propagation()
     assert "fp8kernels.convert" in caplog.text
     assert model.hf_quantizer.is_serializable()
+
+
+def test_plain_layers_can_be_had_again_and_trained(bf16_folder: Path, prompt_ids) -> None:
+    model = from_pretrained(bf16_folder)
+    before, layers = logits(model, prompt_ids), held(model)
+    plain = model.dequantize()
+    assert not held(plain)
+    for name, layer in layers.items():
+        decoded = torch.ops.fp8kernels.dequantize(layer.weight_codes, layer.weight_scale, "hif8", torch.bfloat16)
+        assert torch.equal(plain.get_submodule(name).weight, decoded)
+    noise = sqnr_db(before, logits(plain, prompt_ids))
+    assert noise > 20, f"only the rounding of inputs is gone: {noise:.1f} dB"
+    convert(plain, "hif8-qat", verbose=False)
+    plain(input_ids=prompt_ids, labels=prompt_ids).loss.backward()
+    assert plain.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert not plain.is_quantized
 
 
 def test_a_compiled_forward_is_one_graph(bf16_folder: Path, prompt_ids) -> None:
