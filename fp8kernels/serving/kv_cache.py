@@ -5,7 +5,7 @@ Needs transformers (the extra 'fp8kernels[serve]').
 
 from __future__ import annotations
 
-import types
+import functools
 import warnings
 from typing import Any
 
@@ -170,18 +170,27 @@ def use_eight_bit_cache(model: Any, fmt: Format | str = "hif8", *, scales: Scale
     if len(plain) == config.num_hidden_layers:
         return model
 
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        asked = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
-        if asked or generation_config.cache_implementation not in (None, "dynamic"):
-            type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-        else:
-            model_kwargs["past_key_values"] = EightBitCache(
-                self.config.get_text_config(decoder=True), fmt, scales=scales
-            )
-
     model.set_attn_implementation(kv_attention.register())
-    model._prepare_cache_for_generation = types.MethodType(prepare, model)
+    own: Any = model  # a function of this one model, where its class has a method for all
+    own._prepare_cache_for_generation = functools.partial(_prepare_cache, model, fmt, scales)
     return model
+
+
+def _prepare_cache(
+    model: Any,
+    fmt: Format,
+    scales: Scales | None,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """What generate calls to get a cache, in place of the method of the model's class."""
+    asked = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+    if asked or generation_config.cache_implementation not in (None, "dynamic"):
+        type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    else:
+        model_kwargs["past_key_values"] = EightBitCache(model.config.get_text_config(decoder=True), fmt, scales=scales)
 
 
 def why_not(model: Any) -> str | None:

@@ -41,7 +41,7 @@ def calibrate_cache(
         with torch.no_grad():
             model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
         for i, layer in enumerate(cache.layers):
-            if type(layer) is not DynamicLayer or not layer.is_initialized:
+            if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
                 continue
             amax = [x.abs().amax((0, 2, 3)).float() for x in (layer.keys, layer.values)]  # [KH]
             if not all(bool(x.isfinite().all()) for x in amax):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -160,6 +162,18 @@ def test_a_cache_that_is_asked_for_is_used(model: LlamaForCausalLM) -> None:
     static = generated(model, ids, cache_implementation="static").past_key_values
     assert type(static).__name__ == "StaticCache"
     assert generated(model, ids, use_cache=False).past_key_values is None
+
+
+def test_a_copy_keeps_a_cache_of_its_own(model: LlamaForCausalLM) -> None:
+    use_eight_bit_cache(model, "e4m3")
+    ids, file = counting(1, 12), io.BytesIO()
+    want = generated(model, ids).sequences
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        out = generated(other, ids)
+        assert isinstance(out.past_key_values, EightBitCache) and torch.equal(out.sequences, want)
+        assert other._prepare_cache_for_generation.args[0] is other
 
 
 def test_prompt_lookup_checks_several_tokens_at_once(model: LlamaForCausalLM, calls: list[tuple[int, int]]) -> None:

@@ -56,13 +56,13 @@ def decode_attention(
     workspace = torch.empty(floats + ALIGNED, dtype=torch.float32)
     q = q if q.stride(3) == 1 else q.contiguous()
     k, v = (_plain(each) for each in (keys, values))
-    address, mask_strides = 0, (0, 0)
+    address, mask_strides = 0, [0, 0]
     if mask is not None and tokens:
         mask = mask[:, 0] if mask.ndim == 4 else mask  # [B, Q, T], each may be 1 or missing
         mask = mask if mask.shape[-1] == tokens and mask.stride(-1) == 1 else mask.expand(*mask.shape[:-1], tokens)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         mask = mask.expand(batch, queries, tokens)
-        address, mask_strides = mask.data_ptr(), mask.stride()[:2]
+        address, mask_strides = mask.data_ptr(), list(mask.stride()[:2])
     _cpu.decode_attention(
         q.data_ptr(),
         *q.stride()[:3],
