@@ -18,3 +18,4 @@ void bind_quantize(py::module_& m);
 void bind_dequantize(py::module_& m);
 void bind_commit(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_linear(py::module_& m);

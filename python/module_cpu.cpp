@@ -25,5 +25,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind_decode_attention(m);
     bind_dequantize(m);
     bind_gemm(m);
+    bind_linear(m);
     bind_quantize(m);
 }

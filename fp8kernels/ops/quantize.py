@@ -147,7 +147,7 @@ def given_scale(scale: Tensor | float, grid: tuple[int, int], x: Tensor) -> Tens
 
 
 @functools.lru_cache(maxsize=256)  # a model has few; looking up names costs as much as a small kernel
-def _rounding(
+def rounding_of(
     fmt: str, block: str, target: float, margin: int, power_of_two: bool, saturate: bool, carrier: int | None
 ) -> Rounding:
     return Rounding(get_format(fmt), get_block(block), target, margin, power_of_two, saturate, carrier)
@@ -169,7 +169,7 @@ def run_quantize(
 ) -> Quantized:
     """Choose a kernel and run it on x seen as a matrix; a tensor without elements needs none."""
     matrix = x.reshape(check.matrix_shape(x))  # [M, K]
-    how = _rounding(fmt, block, target, margin, power_of_two, saturate, carrier)
+    how = rounding_of(fmt, block, target, margin, power_of_two, saturate, carrier)
     if not x.numel():
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=x.device)
         codes_t = codes.t().contiguous() if transpose else None

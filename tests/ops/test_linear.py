@@ -81,3 +81,31 @@ def test_a_forced_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wrong_width_names_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(2, 255\).*\(128, 256\)"):
         layer("static")(torch.randn(2, 255))
+
+
+@pytest.mark.parametrize("kind", ROLES)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33])
+def test_the_one_call_has_the_bits_of_two(kind: str, isa: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8kernels import _cpu
+    from fp8kernels.kernels.linear import cpu
+    from fp8kernels.ops import linear
+
+    order = ["portable", "avx2", "avx512"]
+    if order.index(isa) > order.index(_cpu.detected_isa()):
+        isa = _cpu.detected_isa()
+    inference, calls = layer(kind), []
+    one_call = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *args: calls.append(args) or one_call(*args))
+    monkeypatch.setattr(linear, "IN_ONE_CALL", True)
+    before = _cpu.current_isa()
+    try:
+        _cpu.set_isa(isa)
+        for x in (torch.randn(rows, 256), torch.zeros(rows, 256), torch.randn(256, rows).bfloat16().t()):
+            got = inference(x)
+            monkeypatch.setattr(linear, "IN_ONE_CALL", False)
+            assert torch.equal(got, inference(x))
+            monkeypatch.setattr(linear, "IN_ONE_CALL", True)
+    finally:
+        _cpu.set_isa(before)
+    assert len(calls) == (3 if rows <= cpu.MOST_ROWS else 0)
