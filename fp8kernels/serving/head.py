@@ -64,8 +64,18 @@ def use_eight_bit_head(model: Any, fmt: str) -> HeadReport:
     if fmt not in FORMATS:
         raise ValueError(f"head is {fmt!r}, it is one of {', '.join(map(repr, FORMATS))}, or None")
     report = _round(model, fmt)
+    if report.sqnr_db is not None and hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_saving  # a folder has no place for it; half of the head would be lost
     logger.info("%s", report)
     return report
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """raises ValueError: in the place of save_pretrained, which would write a folder that nothing loads."""
+    raise ValueError(
+        "a model whose head was rounded while it was loaded is not saved: its folder is the one that it was loaded "
+        "from; load it without head= to save it elsewhere"
+    )
 
 
 def _round(model: Any, fmt: str) -> HeadReport:

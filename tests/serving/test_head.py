@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,15 @@ def test_generation_goes_on_with_an_8_bit_head() -> None:
     assert made.dtype == torch.bfloat16
 
 
+def test_a_model_with_such_a_head_is_not_saved(tmp_path: Path) -> None:
+    made = model(tied=True)
+    made.save_pretrained(tmp_path / "before")
+    use_eight_bit_head(made, "hif8")
+    with pytest.raises(ValueError, match="without head="):
+        made.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
 def test_a_table_keeps_its_codes_and_changes_the_dtype_of_its_rows() -> None:
     made = model(tied=True)
     use_eight_bit_head(made, "e4m3")
@@ -125,7 +135,9 @@ def test_an_embedding_that_scales_its_rows_stays(caplog: pytest.LogCaptureFixtur
     assert not report.embedding
     assert "does more than look up rows" in caplog.text
     after = made(ids).logits
-    assert float(((after - before).norm() / before.norm()).detach()) < 2.0**-4, "E4M3 rounds to a sixteenth at the worst"
+    assert float(((after - before).norm() / before.norm()).detach()) < 2.0**-4, (
+        "E4M3 rounds to a sixteenth at the worst"
+    )
 
 
 def test_max_norm_stays_and_the_head_of_another_class_is_left_alone() -> None:
