@@ -61,6 +61,8 @@ def modules(record: dict[str, Any], behaviours: Behaviours, values: Mapping[str,
                 made[name] = _bound(name, entry, values[name])
         elif entry["kind"] == "class":
             made[name] = _class(name, entry, made, behaviours.get(name, {}))
+        elif entry["kind"] == "text":
+            made[name] = entry["value"]
         elif entry["kind"] == "table":
             made[name] = dict.fromkeys(entry["keys"])
         elif entry["kind"] == "list":

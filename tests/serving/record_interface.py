@@ -42,6 +42,31 @@ WANTED = {
             "RowParallelLinear",
         ],
     },
+    "vllm": {  # VLLM_TARGET_DEVICE=cpu where there is no GPU
+        "vllm.plugins": ["DEFAULT_PLUGINS_GROUP"],
+        "vllm.model_executor.custom_op": ["PluggableLayer"],
+        "vllm.model_executor.layers.quantization.base_config": ["QuantizeMethodBase", "QuantizationConfig"],
+        "vllm.model_executor.layers.quantization": [
+            "QUANTIZATION_METHODS",
+            "register_quantization_config",
+            "get_quantization_config",
+        ],
+        "vllm.model_executor.layers.linear": [
+            "WEIGHT_LOADER_V2_SUPPORTED",
+            "get_tensor_model_parallel_rank",
+            "get_tensor_model_parallel_world_size",
+            "LinearMethodBase",
+            "UnquantizedLinearMethod",
+            "LinearBase",
+            "ReplicatedLinear",
+            "ColumnParallelLinear",
+            "MergedColumnParallelLinear",
+            "QKVParallelLinear",
+            "RowParallelLinear",
+        ],
+        "vllm.model_executor.layers.vocab_parallel_embedding": ["VocabParallelEmbedding", "ParallelLMHead"],
+        "vllm.model_executor.models.utils": ["WeightsMapper"],
+    },
 }
 
 
@@ -65,7 +90,10 @@ def parameters(function: Any) -> list[list[str | None]]:
 
 def calls(function: Any) -> dict[str, list[Any]]:
     """How it calls a layer's quant_method: per method the number of positional arguments and the keywords."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError:  # made by dataclass
+        return {}
     return {
         call.func.attr: [len(call.args), sorted(str(keyword.arg) for keyword in call.keywords)]
         for call in ast.walk(tree)
@@ -93,6 +121,8 @@ def _described(thing: Any) -> dict[str, Any]:
                 if inspect.isfunction(getattr(value, "__func__", value))
             },
         }
+    if isinstance(thing, str):
+        return {"kind": "text", "value": thing}
     if isinstance(thing, dict):
         return {"kind": "table", "keys": sorted(map(str, thing))}
     if isinstance(thing, (list, tuple)):
