@@ -25,6 +25,7 @@ from fp8kernels.serving import load
 from fp8kernels.telemetry import sqnr_db
 
 LAYERS = 7 * common.SIZE.layers
+HEAD = "lm_head.weight"
 
 
 def from_pretrained(folder: Path, **settings: Any) -> Any:
@@ -311,7 +312,6 @@ def test_importing_the_package_imports_no_transformers() -> None:
 
 
 PEAK = """
-import resource, sys
 from pathlib import Path
 import torch
 {prepare}
@@ -332,13 +332,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_loading_takes_hardly_more_memory_than_the_file(way: str, bf16_folder: Path, tmp_path: Path) -> None:
-    """Codes of 96 MiB: a copy in bf16 on the way would take two times that, and a second copy of the codes as much."""
-    if sys.platform != "linux":
-        pytest.skip("only on Linux: /proc says what a process holds")
+@pytest.fixture(scope="module")
+def large_folder(bf16_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of 96 MiB of codes, written by hand."""
     from transformers import LlamaConfig
 
+    folder = tmp_path_factory.mktemp("large")
     layers, width, inner = 6, 1024, 4096
     LlamaConfig(
         vocab_size=256,
@@ -346,32 +345,37 @@ def test_loading_takes_hardly_more_memory_than_the_file(way: str, bf16_folder: P
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=8,
-        num_key_value_heads=8,
         dtype="bfloat16",
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
     shapes = {f"self_attn.{key}_proj": (width, width) for key in "qkvo"}
     shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-    tensors = {f"model.{key}.weight": torch.ones(256, width, dtype=torch.bfloat16) for key in ("embed_tokens",)}
-    tensors |= {"lm_head.weight": torch.ones(256, width, dtype=torch.bfloat16)}
-    tensors |= {"model.norm.weight": torch.ones(width, dtype=torch.bfloat16)}
-    names = []
+    tensors = {name: torch.ones(256, width, dtype=torch.bfloat16) for name in ("model.embed_tokens.weight", HEAD)}
+    tensors["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)
+    names = [f"model.layers.{number}.{key}" for number in range(layers) for key in shapes]
     for number in range(layers):
-        prefix = f"model.layers.{number}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
-        for key, shape in shapes.items():
-            names.append(f"{prefix}.{key}")
-            tensors[f"{prefix}.{key}.weight_codes"] = torch.randint(0, 100, shape, dtype=torch.uint8)
-            tensors[f"{prefix}.{key}.weight_scale"] = torch.ones(1, 1)
-            tensors[f"{prefix}.{key}.input_scale"] = torch.ones(1, 1)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
+            tensors[f"model.layers.{number}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+    for name in names:
+        shape = next(shape for key, shape in shapes.items() if name.endswith(key))
+        tensors[f"{name}.weight_codes"] = torch.randint(0, 100, shape, dtype=torch.uint8)
+        tensors |= {f"{name}.weight_scale": torch.ones(1, 1), f"{name}.input_scale": torch.ones(1, 1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = json.loads((bf16_folder / "config.json").read_text())["quantization_config"]
     config["quantization_config"]["groups"][0]["layers"] = names
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    prepare, body = (part.format(small=str(bf16_folder), large=str(tmp_path)) for part in WAYS[way])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loading_takes_hardly_more_memory_than_the_file(way: str, bf16_folder: Path, large_folder: Path) -> None:
+    """A copy in bf16 on the way would take two times the file's size, and a second copy of the codes as much."""
+    if sys.platform != "linux":
+        pytest.skip("only on Linux: /proc says what a process holds")
+    prepare, body = (part.format(small=str(bf16_folder), large=str(large_folder)) for part in WAYS[way])
     code = PEAK.format(prepare=prepare, load=body)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    grown, size = int(done.stdout) * 1024, (tmp_path / "model.safetensors").stat().st_size
+    grown, size = int(done.stdout) * 1024, (large_folder / "model.safetensors").stat().st_size
+    print(f"{grown / 2**20:.0f} MiB for a file of {size / 2**20:.0f} MiB")
     assert grown < 1.5 * size, f"{grown / 2**20:.0f} MiB for a file of {size / 2**20:.0f} MiB"
