@@ -7,6 +7,7 @@ from .plan import LayerPlan, Plan, high_precision, plan_export
 from .read import load_into
 from .report import ExportedLayer, ExportReport
 from .servers import ServerRow, explain_servers
+from .stream import pairs, stream
 from .write import export, pack
 
 __all__ = [
@@ -27,5 +28,10 @@ __all__ = [
     "high_precision",
     "load_into",
     "pack",
+    "pairs",
     "plan_export",
+    "stream",
 ]
+
+for _verb in (calibrate, check, explain_servers, stream):  # fp8kernels.export is the function: fp8kernels.export.stream
+    setattr(export, _verb.__name__, _verb)

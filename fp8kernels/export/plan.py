@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..formats import E4M3
 from ..nn import Linear, ScaledLayer
+from ..nn.dtensor import local, whole
 from ..scaling.delayed import INPUT, WEIGHT, is_state
 from ..scaling.rules import scale_from_amax
 from .formats import EDGE, Layout, get_layout
@@ -41,7 +42,7 @@ class LayerPlan:
         """weight float8_e4m3fn [N, K]; weight_scale fp32 (1,), [N, 1] or [ceil(N/128), ceil(K/128)]; input_scale."""
         carrier = E4M3.carrier
         assert carrier is not None
-        codes = encode(self.layer.weight.detach(), self.scale, self.layout.block)  # [N, K] uint8
+        codes = encode(whole(self.layer.weight.detach()), self.scale, self.layout.block)  # [N, K] uint8
         scale = self.scale.reshape(1) if self.layout.block == "tensor" else self.scale
         found = {"weight": codes.cpu().view(carrier), "weight_scale": scale.cpu().clone()}  # not its neighbours' tensor
         if self.input_scale is not None:
@@ -101,6 +102,9 @@ def plan_export(model: nn.Module, format: str) -> Plan:
         elif isinstance(module, ScaledLayer):
             left[name] = reason or f"{layout.name} holds Linear layers only"
     groups = _groups([*found, *kept])
+    if layout.block == "128x128":
+        kept.update(_uneven(model, found, groups))
+        found = {name: layer for name, layer in found.items() if name not in kept}
     for group in groups:
         high = [name for name in group if name in kept]
         if high and len(high) < len(group):
@@ -138,8 +142,9 @@ def check_numbers(model: nn.Module) -> None:
     if not any(isinstance(module, ScaledLayer) for module in model.modules()):
         raise ValueError(f"export: the model has no 8-bit layers; {CONVERT}")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
+        held = local(parameter.detach())
+        if held.is_floating_point() and not bool(torch.isfinite(held).all()):
+            bad = int((~torch.isfinite(held)).sum())
             raise ValueError(
                 f"export: {name} {list(parameter.shape)} holds {bad:,} values that are NaN or Inf; training diverged, "
                 "export an earlier checkpoint"
@@ -191,13 +196,45 @@ def _groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     return out
 
 
+def _uneven(model: nn.Module, layers: dict[str, Linear], groups: list[tuple[str, ...]]) -> dict[str, str]:
+    """Layers that servers join with others (or split, where the model has them joined) in the middle of a block.
+
+    source   vllm 0.33.0 validate_fp8_block_shape; SGLang 0.5.23 refuses the same
+    """
+    out = {}
+    for name in (name for group in groups for name in group if name in layers):
+        if layers[name].out_features % EDGE:
+            out[name] = (
+                f"its {layers[name].out_features} rows are no multiple of {EDGE}, and servers join it with others"
+            )
+    for name, layer in layers.items():
+        shards = _shards(model, name.rpartition(".")[2], layer)
+        if any(rows % EDGE for rows in shards):
+            out[name] = f"its parts of {' and '.join(map(str, shards))} rows are no multiples of {EDGE}"
+    return out
+
+
+def _shards(model: nn.Module, last: str, layer: Linear) -> list[int]:
+    """Rows of the parts of a layer that holds several projections, as far as its name and the config tell."""
+    rows = layer.out_features
+    if last == "gate_up_proj":
+        return [rows // 2, rows // 2]
+    if last not in ("qkv_proj", "query_key_value"):
+        return []
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = rows // (heads + 2 * groups)
+    return [heads * width, groups * width, groups * width]
+
+
 def _weight_scales(layers: dict[str, Linear], layout: Layout) -> dict[str, Tensor]:
     """Every weight's amax at the largest E4M3 value, or at the recipe's target where it trained in E4M3."""
     out = {}
     for name, layer in layers.items():
         recipe = layer.fp8_recipe
         target = recipe.target(WEIGHT) if recipe.weight.fmt == E4M3.name else E4M3.target
-        amax = weight_amax(layer.weight.detach(), layout.block)
+        amax = weight_amax(whole(layer.weight.detach()), layout.block)
         out[name] = weight_scale(amax, target, power_of_two=recipe.power_of_two)
     return out
 
@@ -253,18 +290,30 @@ def high_precision(model: nn.Module, plan: Plan, dtype: torch.dtype) -> tuple[di
 
     A parameter that two modules share is written once, under its first name
     """
-    tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    tensors = {name: in_dtype(tensor, dtype) for name, tensor in others(model, plan.layers, tied)}
+    return tensors, tied
+
+
+def others(model: nn.Module, layers: Container[str], tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model but for scaling state and the weights of `layers`, as they are; shared ones once.
+
+    tied   gets the names that are left out, with the names that they share a tensor with
+    """
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in model.state_dict().items():
         owner, _, key = name.rpartition(".")
-        if is_state(name) or (owner in plan.layers and key == "weight"):
+        if is_state(name) or (owner in layers and key == "weight"):
             continue
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place in first:
+        place = (local(tensor).data_ptr(), tensor.shape)
+        if local(tensor).numel() and place in first:
             tied[name] = first[place]
             continue
         first[place] = name
-        kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
-        tensors[name] = own(kept)
-    return tensors, tied
+        yield name, tensor
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of a tensor on the CPU, floats in `dtype`, with a storage of its own."""
+    kept: Tensor = whole(tensor.detach())
+    return own(kept.to("cpu", dtype if kept.is_floating_point() else None))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..headers import CONFIG
 from ..nn import Linear, ScaledLayer
-from ..scaling.delayed import INPUT, WEIGHT, is_state
+from ..nn.dtensor import whole
+from ..scaling.delayed import INPUT, WEIGHT
 from .adapters import merged
 from .atomic import staged_folder
 from .config import quantization_config
@@ -19,7 +20,7 @@ from .files import is_ours, save_parts, save_shards, write_config
 from .formats import NATIVE, foreign_config, get_layout
 from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, LayerEntry, Manifest, file_stamp
 from .names import cache_tensors, checkpoint_layers, checkpoint_names, in_order, own
-from .plan import check_numbers, high_precision, plan_export
+from .plan import check_numbers, high_precision, in_dtype, others, plan_export
 from .report import ExportReport, exported
 
 HIGH_PRECISION = (torch.bfloat16, torch.float32)
@@ -86,7 +87,9 @@ def export(
         tensors.update({f"{name}.{key}": tensor for key, tensor in layer.tensors().items()})
         layers[name] = exported(layer)
     tensors = in_order(model, checkpoint_names(model, tensors))
-    settings = foreign_config(plan.layout, checkpoint_layers(model, plan.kept), cache=bool(cache_scales))
+    # vLLM and SGLang match the names of the files, transformers those of its modules: GPT-NeoX's head has two
+    ignore = list(dict.fromkeys((*checkpoint_layers(model, plan.kept), *plan.kept)))
+    settings = foreign_config(plan.layout, ignore, cache=bool(cache_scales))
     with staged_folder(Path(out), may_replace=is_ours) as staged:
         save_parts(model, tokenizer, staged)
         if not write_config(staged, model, settings, dtype=_word(dtype), tied=tied):
@@ -138,38 +141,43 @@ def pack(
 
     raises   ValueError if nothing is converted, or a converted layer is not a Linear
     """
+    layers: dict[str, LayerEntry] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in converted_linears(model).items():
+        layers[name], packed = pack_layer(layer)
+        tensors.update({f"{name}.{key}": tensor for key, tensor in packed.items()})
+    tied: dict[str, str] = {}
+    tensors.update({name: in_dtype(tensor, dtype) for name, tensor in others(model, layers, tied)})
+    return layers, tensors, tied
+
+
+def converted_linears(model: nn.Module) -> dict[str, Linear]:
+    """The layers that a native checkpoint holds as codes.
+
+    raises   ValueError if nothing is converted, or a converted layer is not a Linear
+    """
     converted = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLayer)}
     if not converted:
         raise ValueError("export: the model has no 8-bit layers; call fp8kernels.convert(model) first")
     if "" in converted:
         raise ValueError("export: the model is one bare layer; put it into a module, so that its tensors have names")
-    layers: dict[str, LayerEntry] = {}
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Linear] = {}
     for name, layer in converted.items():
         if not isinstance(layer, Linear):
             raise ValueError(
                 f"export: layer {name!r} is a converted {type(layer).__name__}; a checkpoint holds Linear layers only: "
                 f"convert again with a filter or an override that leaves it as it is"
             )
-        layers[name], packed = _pack_layer(layer)
-        tensors.update({f"{name}.{key}": tensor for key, tensor in packed.items()})
-    tied: dict[str, str] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, key = name.rpartition(".")
-        if is_state(name) or (owner in converted and key == "weight"):
-            continue
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place in first:
-            tied[name] = first[place]
-            continue
-        first[place] = name
-        tensors[name] = own(tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None))
-    return layers, tensors, tied
+        found[name] = layer
+    return found
 
 
 @torch.no_grad()
-def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
+def pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
+    """What a native checkpoint holds of one layer: weight_codes, weight_scale and input_scale, by those names.
+
+    raises   ValueError for a recipe with clamp
+    """
     recipe = layer.fp8_recipe
     if recipe.input.clamp:
         raise ValueError(
@@ -179,7 +187,7 @@ def _pack_layer(layer: Linear) -> tuple[LayerEntry, dict[str, Tensor]]:
     was_training = layer.training
     layer.eval()  # so that nothing is noted
     try:
-        coded = layer.fp8_quantize(layer.weight, WEIGHT, exact=True)  # codes [N, K], scale [R, C]
+        coded = layer.fp8_quantize(whole(layer.weight), WEIGHT, exact=True)  # codes [N, K], scale [R, C]
     finally:
         layer.train(was_training)
     input_scale = layer.fp8_scale[INPUT : INPUT + 1].reshape(1, 1)

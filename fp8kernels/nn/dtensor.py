@@ -20,3 +20,8 @@ def is_dtensor(x: object) -> bool:
 def local(x: Any) -> Any:
     """What this rank holds of x: its part of a DTensor, all of any other tensor."""
     return x.to_local() if is_dtensor(x) else x
+
+
+def whole(x: Any) -> Any:
+    """All of x: a DTensor is gathered, which every rank of its mesh has to ask for; any other tensor is itself."""
+    return x.full_tensor() if is_dtensor(x) else x
