@@ -34,10 +34,16 @@ class Joined:
         biases = [part.bias for part in parts if part.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._held: tuple[Tensor, tuple[Tensor, ...]] | None = None  # an input, and what it became
+        self._back: Tensor | None = None  # the codes, while they are written
+
+    def hold_back(self) -> None:
+        """Until `rejoin`, every part makes its own product: their tensors are being written."""
+        if self.codes is not None:
+            self._back, self.codes, self._held = self.codes, None, None
 
     def dissolve(self) -> None:
         """From now on every part makes its own product: its tensors are no longer the ones that were joined."""
-        self.codes = self._held = None
+        self.codes = self._held = self._back = None
 
     def part(self, layer: JoinedLinear, x: Tensor) -> Tensor | None:
         """Of the result for x that of one part, or None if nobody has made it: the first part does."""
@@ -121,6 +127,22 @@ def join(parts: Sequence[InferenceLinear]) -> None:
         part.__class__ = JoinedLinear
         assert isinstance(part, JoinedLinear)
         part.joined, part.index = joined, index
+
+
+def rejoin(joined: Joined, parts: Sequence[InferenceLinear]) -> None:
+    """After `hold_back` and new numbers in the parts' tensors: one product again, unless they may no longer be one.
+
+    parts  all of them, in any order
+    """
+    if joined._back is None:
+        return
+    parts = sorted(parts, key=lambda part: part.index)  # type: ignore[attr-defined]
+    if why_not_joined(parts) is None:
+        joined.scale = _joined_scale(parts)
+        biases = [part.bias for part in parts if part.bias is not None]
+        joined.bias = torch.cat(biases) if biases else None
+        joined.codes = joined._back
+    joined._back = None
 
 
 def _joined_scale(parts: Sequence[InferenceLinear]) -> Tensor:

@@ -2,5 +2,6 @@
 
 from .generate import Run, generate
 from .load import load, load_tokenizer
+from .update import Updated, update
 
-__all__ = ["Run", "generate", "load", "load_tokenizer"]
+__all__ = ["Run", "Updated", "generate", "load", "load_tokenizer", "update"]
