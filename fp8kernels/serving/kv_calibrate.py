@@ -5,11 +5,11 @@ Needs transformers (the extra 'fp8kernels[serve]').
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -25,8 +25,8 @@ def calibrate_cache(
 
     model    a decoder of transformers, in eval mode or not; it is run as it is, without gradients
     batches  token ids int64 [B, T] without padding
-    returns  what `use_eight_bit_cache(model, fmt, scales=…)` and `export.kv_cache.kv_cache_entry(fmt, …)` take. A head
-             that is all zeros has the scale 1
+    returns  what `use_eight_bit_cache(model, fmt, scales=…)`, `kv_cache_entry(fmt, …)` and `scales_by_module` take. A
+             head that is all zeros has the scale 1
 
     Numbers of other text may be larger: up to 2,184 times with HiF8 and twice with E4M3 they fit, and beyond that the
     cache codes that head anew.
@@ -51,3 +51,21 @@ def calibrate_cache(
         raise ValueError("no batch of tokens was given, or no layer has full attention: there is nothing to calibrate")
     target = aim(fmt)
     return {i: (scale_from_amax(k, target).cpu(), scale_from_amax(v, target).cpu()) for i, (k, v) in found.items()}
+
+
+def scales_by_module(model: nn.Module, scales: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
+    """One scale for all heads by the name of an attention module: what `export(…, cache_scales=…)` takes.
+
+    model    the one that was calibrated; its attention modules are those with a `layer_idx`, `k_proj` and `v_proj`
+    scales   of `calibrate_cache(model, batches, "e4m3")`; the largest scale of a layer's heads fits them all
+    raises   ValueError if a layer has no such module
+    """
+    names = {
+        module.layer_idx: name
+        for name, module in model.named_modules()
+        if all(hasattr(module, each) for each in ("layer_idx", "k_proj", "v_proj"))
+    }
+    lacking = sorted(set(scales) - set(names))
+    if lacking:
+        raise ValueError(f"layers {lacking} have no attention module with layer_idx, k_proj and v_proj")
+    return {names[i]: (float(k.max()), float(v.max())) for i, (k, v) in scales.items()}

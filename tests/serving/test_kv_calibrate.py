@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fp8kernels.convert import convert
@@ -17,7 +18,7 @@ from fp8kernels.formats import get_format
 from fp8kernels.serving import load
 from fp8kernels.serving.code_store import aim
 from fp8kernels.serving.kv_cache import EightBitCache
-from fp8kernels.serving.kv_calibrate import calibrate_cache
+from fp8kernels.serving.kv_calibrate import calibrate_cache, scales_by_module
 
 LAYERS = 2
 
@@ -118,6 +119,22 @@ def test_a_folder_asks_for_the_cache_and_has_its_scales(model: LlamaForCausalLM,
     with pytest.raises(ValueError, match="unknown format 'int8'"):
         exported("unknown", "int8")
     assert not (tmp_path / "zero").exists() and not (tmp_path / "unknown").exists()
+
+
+def test_one_scale_for_all_heads_for_the_other_servers(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    scales = calibrate_cache(model, [torch.randint(0, 50, (2, 20))], "e4m3")
+    by_module = scales_by_module(model, scales)
+    assert by_module["model.layers.1.self_attn"] == tuple(float(each.max()) for each in scales[1])
+    convert(model, "hif8-qat", verbose=False)
+    assert scales_by_module(model, scales) == by_module
+    export(model, tmp_path / "out", format="compressed-tensors-dynamic", cache_scales=by_module)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for i, pair in scales.items():
+        for key, scale in zip(("k_scale", "v_scale"), pair, strict=True):
+            got = float(stored[f"model.layers.{i}.self_attn.{key}"])
+            assert 0 <= got / float(scale.max()) - 1 <= 2**-7  # rounded up to bf16
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no attention module"):
+        scales_by_module(torch.nn.Linear(2, 2), scales)
 
 
 def cache_of(model: Any) -> Any:
