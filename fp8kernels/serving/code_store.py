@@ -55,8 +55,9 @@ class CodeStore:
         if overflowed and self._make_fit(x):
             new, used, amax, _ = self._code(rows)
         if self._open and count:
-            known = torch.where(amax == 0, 0.0, used)  # a head of zeros has no scale yet
-            self.scale = known.reshape(batch, heads)
+            assert self.scale is not None
+            none = (amax.view(batch, heads) == 0) & (self.scale == 0)  # a head of zeros so far
+            self.scale = known = torch.where(none, 0.0, used.view(batch, heads))
             self._open = bool((known == 0).any())
         codes[:, :, self.length : self.length + count] = new.view(batch, heads, count, width)
         self.length += count

@@ -108,6 +108,17 @@ def test_a_head_of_zeros_waits_for_its_scale() -> None:
     assert_within_half_a_step(store, torch.cat([x, more], 2))
 
 
+def test_zeros_behind_numbers_leave_the_scale() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    x[:, 1] = 0  # keeps the store looking for a scale
+    store = CodeStore(HIF8)
+    store.append(x)
+    scale = float(store.scale[0, 0])
+    store.append(torch.zeros(1, 2, 3, 8))
+    assert float(store.scale[0, 0]) == scale and float(store.scale[0, 1]) == 0
+    assert_within_half_a_step(CodeStoreView(store, 0), torch.cat([x[:, :1], torch.zeros(1, 1, 3, 8)], 2))
+
+
 class CodeStoreView(CodeStore):
     """One head of a store."""
 
