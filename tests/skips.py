@@ -18,6 +18,7 @@ import torch
 
 TRAIN = ("transformers", "accelerate", "datasets", "peft", "trl", "tensorboard")  # the extra of that name
 EVAL = ("lm_eval",)  # the same
+SERVE = ("fastapi", "openai", "httpx")  # the same
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ def without_train() -> bool:
     return any(importlib.util.find_spec(name) is None for name in TRAIN)
 
 
+def without_serve() -> bool:
+    return any(importlib.util.find_spec(name) is None for name in SERVE)
+
+
 def without_eval() -> bool:
     return any(importlib.util.find_spec(name) is None for name in EVAL)
 
@@ -82,6 +87,7 @@ EXPECTED = (
     Skip(r"triton is not installed", without_triton, "Triton has wheels for Linux only"),
     Skip(rf"could not import '({'|'.join(TRAIN)})'", without_train, "they are the extra train"),
     Skip(rf"could not import '({'|'.join(EVAL)})'", without_eval, "they are the extra eval"),
+    Skip(rf"could not import '({'|'.join(SERVE)})'", without_serve, "they are the extra serve"),
     Skip(r"no Chromium", without_chromium, "the test opens a page in a browser"),
     Skip(r"CPU has no (avx512|avx2)", below_avx512, "the kernel needs instructions that this CPU lacks"),
     Skip(r"FP8KERNELS_ISA is set", lowered_isa, "the run forces one instruction set for all tests"),

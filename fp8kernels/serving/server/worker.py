@@ -149,8 +149,7 @@ class Worker(GenerateManager):
 
     def close(self, job: Job) -> None:
         """The answer is out, or its client gone: stop what still runs and free the place."""
-        if self.jobs.pop(job.id, None) is None:
-            return
+        self.jobs.pop(job.id, None)
         job.left.set()
         if job.future is not None and not job.future.done() and job.future.cancel():  # had not begun; else see go_on
             self.metrics.abandoned.inc()
@@ -211,6 +210,7 @@ class Worker(GenerateManager):
             raise
         finally:
             self.running = 0
+            self.jobs.pop(job.id, None)  # the place is free, however slowly the client reads
 
     def stop(self) -> None:
         """Accept no more, and give up what runs."""
