@@ -103,15 +103,15 @@ def create(
     weight_loader  the layer's own, called with the parameter, a checkpoint's tensor and, of fused layers, the part
     raises         ValueError if a block does not divide this rank's part
     """
-    for what, block in (("weight", entry.weight_block), ("input", entry.input_block)):
-        columns = get_block(block).cols
+    for what, name_of_block in (("weight", entry.weight_block), ("input", entry.input_block)):
+        columns = get_block(name_of_block).cols
         if columns is not None and in_local % columns:
             raise ValueError(
                 f"{name}: this rank's {in_local} inputs are not a multiple of {columns}, the columns of the {what}'s "
-                f"block {block!r}; serve on fewer ranks"
+                f"block {name_of_block!r}; serve on fewer ranks"
             )
     served = Served(name, entry, tuple(out_local))
-    layer.fp8kernels_served = served
+    layer.fp8kernels_served = served  # type: ignore[assignment]  # no module and no tensor: a plain note
     rows, parts = sum(out_local), len(out_local)
     block = get_block(entry.weight_block)
 
@@ -137,7 +137,7 @@ def finish(layer: nn.Module) -> None:
 
     raises   ValueError naming what never came, or a scale that decodes nothing
     """
-    served: Served = layer.fp8kernels_served
+    served: Served = layer.fp8kernels_served  # type: ignore[assignment]
     for key in (CODES, SCALE, INPUT_SCALE):
         missing = _missing(served, key)
         if missing:
@@ -166,7 +166,7 @@ def apply(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     bias     [N], or None
     returns  [..., N] in autocast's dtype, else that of x
     """
-    served: Served = layer.fp8kernels_served
+    served: Served = layer.fp8kernels_served  # type: ignore[assignment]
     if not served.fresh:
         finish(layer)
     entry, dtype = served.entry, output_dtype(x)

@@ -57,7 +57,10 @@ def _behaviours() -> dict[str, dict[str, Any]]:
     base = {"__init__": lambda self: setattr(self, "packed_modules_mapping", {})}
     return {
         f"{PATH}.quantization.base_config:QuantizationConfig": base,
-        f"{PATH}.quantization.unquant:UnquantizedLinearMethod": {"create_weights": _plain_weights},
+        f"{PATH}.quantization.unquant:UnquantizedLinearMethod": {
+            "create_weights": _plain_weights,
+            "process_weights_after_loading": lambda self, layer: None,
+        },
         f"{PATH}.linear:LinearBase": {"__init__": _base},
         f"{PATH}.linear:ReplicatedLinear": {"__init__": _replicated, "weight_loader": _load_whole},
         f"{PATH}.linear:ColumnParallelLinear": {"_initialize_partition": _column},

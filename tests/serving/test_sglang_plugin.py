@@ -20,6 +20,7 @@ from fp8kernels.export.config import quantization_config
 from fp8kernels.export.layout import LayerEntry
 from fp8kernels.formats import FORMATS
 from fp8kernels.nn.inference import InferenceLinear
+from fp8kernels.nn.inference_joined import JoinedLinear
 from fp8kernels.serving import load
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -127,8 +128,11 @@ def fill(layer: Any, tensors: dict[str, torch.Tensor], parent: str, parts: dict[
 
 
 def served(model: Any, name: str) -> InferenceLinear:
+    """A layer of serving, on its own: not the product that it may be part of."""
     found = model.get_submodule(name)
-    assert type(found) is InferenceLinear, f"{name} is {type(found).__name__}"
+    assert isinstance(found, InferenceLinear), f"{name} is {type(found).__name__}"
+    if isinstance(found, JoinedLinear):
+        found.joined.dissolve()
     return found
 
 
@@ -289,8 +293,15 @@ def test_the_head_is_left_or_read_with_its_padding(sglang: Any, native_folder: P
 def test_layers_in_high_precision_are_sglangs_own(sglang: Any) -> None:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    layer = row(config(layers={"model.layers.1.self_attn.o_proj": ENTRY}), "self_attn.o_proj", HIDDEN, HIDDEN)
-    assert type(layer.quant_method) is UnquantizedLinearMethod and layer.weight.dtype == torch.bfloat16
+    found = config(layers={"model.layers.1.self_attn.o_proj": ENTRY, f"{LAYER}.mlp.down_proj": ENTRY})
+    layer = row(found, "self_attn.o_proj", HIDDEN, HIDDEN)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod) and layer.weight.dtype == torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"none of the 8-bit layers .*'model.layers.0.mlp.down_proj'.*self_attn.o_proj"
+    ):
+        layer.quant_method.process_weights_after_loading(layer)
+    row(found, "mlp.down_proj", INTERMEDIATE, HIDDEN)
+    layer.quant_method.process_weights_after_loading(layer)  # now the names are the model's
 
 
 def test_parts_that_are_not_read_alike_are_refused(sglang: Any) -> None:

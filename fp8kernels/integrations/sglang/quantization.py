@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...export.config import QUANT_METHOD, entries
 from ...export.layout import LayerEntry
+from ...headers import some
 from ..served_linear import apply, create, finish, layer_entry
 
 # What SGLang's models fuse where their class does not say so itself.
@@ -31,6 +32,7 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.layers = layers
         self.packed_modules_mapping = FUSED | (packed or {})
+        self.found = False  # whether any layer of the model stands in the checkpoint
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
@@ -73,7 +75,10 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         """
         if isinstance(layer, LinearBase):
             entry = layer_entry(self.layers, prefix, self.packed_modules_mapping)
-            return UnquantizedLinearMethod() if entry is None else NativeLinearMethod(entry, prefix)
+            if entry is None:
+                return HighPrecisionMethod(self, prefix)
+            self.found = True
+            return NativeLinearMethod(entry, prefix)
         if isinstance(layer, ParallelLMHead):
             entry = layer_entry(self.layers, prefix, self.packed_modules_mapping)
             return None if entry is None else NativeLinearMethod(entry, prefix)
@@ -129,6 +134,30 @@ class NativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N] in x's dtype."""
         return apply(layer, x, bias)
+
+
+class HighPrecisionMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """SGLang's own method, which also sees to it that the checkpoint's layers are the model's.
+
+    SGLang passes over tensors of names it does not know, and would run on weights that nobody has set.
+    """
+
+    def __init__(self, config: NativeConfig, prefix: str) -> None:
+        super().__init__()
+        self.config, self.prefix = config, prefix
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As SGLang's.
+
+        raises   ValueError if no layer of the model stands in the checkpoint
+        """
+        if not self.config.found:
+            raise ValueError(
+                f"none of the 8-bit layers of the checkpoint ({some(self.config.layers)}) is one of SGLang's model, "
+                f"which has {self.prefix!r}: the model names or fuses its layers in another way; export the model with "
+                f"format='compressed-tensors'"
+            )
+        super().process_weights_after_loading(layer)
 
 
 def _of_experts(layer: nn.Module) -> bool:
