@@ -16,7 +16,7 @@ from ..scaling.delayed import INPUT, WEIGHT, is_state
 from ..scaling.rules import scale_from_amax
 from .formats import EDGE, Layout, get_layout
 from .names import own
-from .requantize import bf16_exact, decode, encode, sqnr_db, weight_amax, weight_scale
+from .requantize import bf16_exact, decode, encode, fp16_safe, sqnr_db, weight_amax, weight_scale
 from .stored import FUSED
 
 CONVERT = "call fp8kernels.convert(model), then fp8kernels.export.calibrate(model, batches) or train it"
@@ -235,7 +235,8 @@ def _weight_scales(layers: dict[str, Linear], layout: Layout) -> dict[str, Tenso
         recipe = layer.fp8_recipe
         target = recipe.target(WEIGHT) if recipe.weight.fmt == E4M3.name else E4M3.target
         amax = weight_amax(whole(layer.weight.detach()), layout.block)
-        out[name] = weight_scale(amax, target, power_of_two=recipe.power_of_two)
+        scale = weight_scale(amax, target, power_of_two=recipe.power_of_two)
+        out[name] = fp16_safe(scale, amax) if layout.block == "tensor" else scale
     return out
 
 

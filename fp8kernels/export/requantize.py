@@ -17,6 +17,11 @@ from ..ops.quantize import quantize
 from ..scaling.block import Block, get_block
 from ..scaling.rules import scale_from_amax
 
+# vLLM and SGLang decode a weight with one scale in fp16 and round it again (requantize_with_max_scale). Every E4M3 code
+# comes back as itself from a scale of at least 2**-15: the smallest value, 2**-9, is then fp16's smallest, 2**-24
+LEAST_SCALE = 2.0**-15
+LOWEST_AMAX = 16.0  # where amax lands at least for that; ten binades above the smallest normal value, as many bits
+
 
 def bf16_exact(scale: Tensor) -> Tensor:
     """The smallest numbers >= `scale` that bf16 holds; fp32 in, fp32 out, positive and finite, any shape."""
@@ -43,6 +48,16 @@ def weight_amax(weight: Tensor, block: str) -> Tensor:
 def weight_scale(amax: Tensor, target: float, *, power_of_two: bool = False) -> Tensor:
     """The scale, exact in bf16, that puts `amax` at most at `target`; fp32 of the same shape."""
     return bf16_exact(scale_from_amax(amax, target, power_of_two=power_of_two))
+
+
+def fp16_safe(scale: Tensor, amax: Tensor) -> Tensor:
+    """A scale that servers may decode with in fp16: raised to 2**-15 where that leaves `amax` at 16 or more.
+
+    scale    fp32, exact in bf16; smaller ones belong to weights with an amax below 0.0137
+    returns  fp32 of the same shape, exact in bf16
+    """
+    raised = (scale < LEAST_SCALE) & (amax >= LOWEST_AMAX * LEAST_SCALE)
+    return torch.where(raised, LEAST_SCALE, scale)
 
 
 def encode(weight: Tensor, scale: Tensor, block: str) -> Tensor:
