@@ -34,7 +34,7 @@ def decode_attention(
     scaling      of the scores; D**-0.5 by default
     mask         bool, broadcasts to [B, 1 or H, Q, T], True where a query sees a token; None: query i of Q sees the
                  tokens up to T - Q + i
-    returns      [B, H, Q, V] in the dtype of q; 0 for a query that sees no token
+    returns      [B, H, Q, V] in the dtype of q, without a gradient; 0 for a query that sees no token
     error        of fp32 sums and one rounding to the dtype of q: docs/NUMERICS.md. The same bits for any number of
                  threads
     raises       TypeError for other dtypes; ValueError naming the shapes that do not fit together
@@ -65,7 +65,7 @@ def decode_attention(
     )  # fmt: skip
     scaling = q.shape[3] ** -0.5 if scaling is None else float(scaling)
     out: Tensor = torch.ops.fp8kernels.decode_attention(
-        q, key_codes, key_scale, value_codes, value_scale, fmt.name, scaling, mask
+        q.detach(), key_codes, key_scale, value_codes, value_scale, fmt.name, scaling, mask
     )
     return out
 

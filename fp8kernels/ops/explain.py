@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
+from ..kernels.decode_attention import HeadCodes
 from ..kernels.norm_quantize import Norm
 from ..kernels.quantize import Rounding
 from ..scaling.block import get_block
@@ -46,8 +47,8 @@ def explain(verb: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel runs `verb` on these arguments, and why the others do not.
 
     verb     the name of a public function, with its arguments: "quantize", "dequantize", "gemm", "rms_norm_quantize",
-             "layer_norm_quantize", "swiglu_quantize", "activation_quantize", "copy"; or another verb of the table, with
-             the arguments of its kernels
+             "layer_norm_quantize", "swiglu_quantize", "activation_quantize", "decode_attention", "copy"; or another
+             verb of the table, with the arguments of its kernels
     returns  a list of (name, reason) that prints itself; reason is None where the kernel can run. A line "composed"
              stands at the end where gemm makes its epilogue from other verbs
     raises   ValueError for an unknown verb
@@ -69,6 +70,8 @@ def _kernel_args(verb: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         return _quantize_args(*args, **kwargs)
     if verb == "dequantize":
         return _dequantize_args(*args, **kwargs)
+    if verb == "decode_attention" and isinstance(args[1], Tensor):  # else those of its kernels
+        return _attention_args(*args, **kwargs)
     return args
 
 
@@ -84,6 +87,14 @@ def _quantize_args(
 
 def _dequantize_args(q: QTensor, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return q.codes.reshape(matrix_shape(q.codes)), q.scale, q.fmt, dtype
+
+
+def _attention_args(
+    q: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor, fmt: Any, **more: Any
+) -> tuple[Any, ...]:
+    scaling = q.shape[3] ** -0.5 if more.get("scaling") is None else more["scaling"]
+    heads = HeadCodes(keys, key_scale), HeadCodes(values, value_scale)
+    return q, *heads, get_format(fmt), scaling, more.get("mask")
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, fmt: Any, *, offset: float = 0.0, **rest: Any) -> Any:

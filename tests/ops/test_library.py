@@ -147,6 +147,13 @@ CASES = {
         0.9,
     ),
     "copy": lambda: (torch.randn(3, 4),),
+    "decode_attention": lambda: (
+        torch.randn(2, 4, 1, 16),
+        *(torch.randint(0, 99, (2, 2, 9, 16), dtype=torch.uint8), torch.rand(2, 2)) * 2,
+        "hif8",
+        0.25,
+        torch.rand(2, 1, 1, 9) < 0.5,
+    ),
 }
 
 
