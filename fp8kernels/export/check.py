@@ -16,13 +16,13 @@ from .foreign import OTHER_EIGHT_BITS, STORED, foreign_entries, is_cache_scale
 from .layout import MANIFEST, Manifest
 from .patterns import Patience
 from .read import check as check_native
+from .requantize import LEAST_SCALE
 from .servers import ServerRow, rows_of
 from .stored import COMPRESSED, FP8, MODELOPT, Stored, StoredLayer, ignored_by, ignores, read_stored, with_entries
 from .values import Values, read_values
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 BLOBS = "blobs"  # where a hub cache keeps the files that its snapshots link to
-LEAST = 30.0  # dB; E4M3 itself has about 31: more than that is lost by rounding a second time
 
 
 @dataclass
@@ -250,6 +250,20 @@ def _losses(stored: Stored, values: Values) -> list[str]:
             f"{len(values.requantized)} groups of layers that vLLM and SGLang compute as one have different "
             f"weight_scale: they round the weights again with the largest, {values.requantized[worst]:.1f} dB at "
             f"worst ({worst} and those beside it); export with shared scales, or scales by channel"
+        )
+    small = [
+        layer.name
+        for layer in stored.layers
+        if layer.scheme is not None
+        and layer.scheme.weights == "tensor"
+        and stored.method in (COMPRESSED, FP8, MODELOPT)
+        and values.scales.get(layer.name, 1.0) < LEAST_SCALE
+    ]
+    if small:
+        said.append(
+            f"{len(small)} layers have a weight_scale below {LEAST_SCALE:.3g} ({some(small)}): vLLM and SGLang decode "
+            "such weights in float16 and round them again, which changes a few of the smallest codes; scales by "
+            "channel are taken as they are"
         )
     if stored.method == COMPRESSED and values.inexact:
         worst = max(values.inexact, key=lambda name: values.inexact[name])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from .config import QUANT_METHOD
-from .stored import COMPRESSED, FP8, MODELOPT, Scheme, Stored, StoredLayer, read_stored
+from .config import QUANT_METHOD, entries
+from .stored import COMPRESSED, FP8, MODELOPT, Scheme, Stored, StoredLayer, read_stored, with_entries
 from .values import Values, read_values
 
 FORMATS = ("float-quantized", "naive-quantized")  # vllm is_activation_quantization_format, of those with 8-bit floats
@@ -42,6 +42,8 @@ def explain_servers(folder: str | Path) -> list[ServerRow]:
              header says. What is merely wrong with a layer stands in its row, and in `check_report(folder).problems`
     """
     stored = read_stored(folder)
+    if stored.method == QUANT_METHOD and stored.settings:
+        with_entries(stored, entries(stored.settings))
     return rows_of(stored, read_values(stored))
 
 
@@ -158,6 +160,10 @@ def _sglang(stored: Stored, values: Values, scheme: Scheme, group: list[StoredLa
     """As vLLM's, of which its loaders are copies; compressed_tensors_w8a16_fp8.py has no blocks."""
     if (refused := _refused(stored, scheme, group)) is not None:
         return refused
+    architectures = stored.config.get("architectures")
+    if stored.method == FP8 and scheme.block() and architectures in (["LlamaForCausalLM"], ["MistralForCausalLM"]):
+        # its models/llama.py load_weights looks for every weight_scale_inv as weight_scale, which no layer has
+        return "wrong: its Llama renames weight_scale_inv, so scales are never set; take compressed-tensors"
     blocks = scheme.block() is not None and stored.method == COMPRESSED
     if scheme.inputs == "none":
         return (

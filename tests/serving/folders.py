@@ -68,7 +68,7 @@ def write_folder(folder: Path, layout: str, *, share: bool = True, size: LlamaSi
         )
     model.config.save_pretrained(folder)
     save(folder, tensors)
-    edit_config(folder, settings(layout))
+    edit_config(folder, settings(layout), architectures=["LlamaForCausalLM"])
     return model
 
 
