@@ -18,7 +18,7 @@ import torch
 
 TRAIN = ("transformers", "accelerate", "datasets", "peft", "trl", "tensorboard")  # the extra of that name
 EVAL = ("lm_eval",)  # the same
-SERVE = ("fastapi", "openai", "httpx")  # the same
+SERVE = ("fastapi", "openai", "httpx", "compressed_tensors")  # the same
 
 
 @dataclass(frozen=True)

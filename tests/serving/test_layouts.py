@@ -20,6 +20,8 @@ from fp8kernels.formats import E4M3
 from fp8kernels.headers import read_headers
 from fp8kernels.scaling.delayed import INPUT
 
+pytest.importorskip("compressed_tensors")
+
 Written = dict[str, tuple[Path, ExportReport, dict[str, Tensor]]]
 COMPRESSED = [name for name in LAYOUTS if name.startswith("compressed-tensors")]
 WHOLE = ("compressed-tensors", "fp8")  # one scale for a weight

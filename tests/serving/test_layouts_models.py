@@ -20,6 +20,8 @@ from fp8kernels.export.formats import FORMATS, LAYOUTS
 from fp8kernels.models.linears import as_linears
 from fp8kernels.recipe import get_recipe
 
+pytest.importorskip("compressed_tensors")
+
 IDS = torch.arange(12)[None]  # [1, 12]
 TINY: dict[str, Any] = {"vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
