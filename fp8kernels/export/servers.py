@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from .config import QUANT_METHOD, entries
+from .requantize import LEAST_SCALE
 from .stored import COMPRESSED, FP8, MODELOPT, Scheme, Stored, StoredLayer, read_stored, with_entries
 from .values import Values, read_values
 
@@ -148,12 +149,22 @@ def _transformers(stored: Stored, values: Values, layer: StoredLayer, scheme: Sc
 
 def _vllm(stored: Stored, values: Values, scheme: Scheme, group: list[StoredLayer]) -> str:
     """CompressedTensorsConfig._get_scheme_from_parts, Fp8LinearMethod, ModelOptFp8Config."""
+    if _misplaced(stored, scheme, group):
+        return "wrong: its blocks do not divide what is computed as one, and scales land beside their rows"
     if (refused := _refused(stored, scheme, group)) is not None:
         return refused
     if scheme.inputs == "none":
         return "weight-only: products in the model's dtype"
     old = f"{OLD_GPU} weight-only"  # CompressedTensorsW8A16Fp8, Marlin
-    return "; ".join([_product(scheme, "W8A8"), *_shards(values, scheme, group), *_split(scheme, group), old])
+    return "; ".join(
+        [
+            _product(scheme, "W8A8"),
+            *_shards(values, scheme, group),
+            *_small(values, scheme, group),
+            *_split(scheme, group),
+            old,
+        ]
+    )
 
 
 def _sglang(stored: Stored, values: Values, scheme: Scheme, group: list[StoredLayer]) -> str:
@@ -172,7 +183,15 @@ def _sglang(stored: Stored, values: Values, scheme: Scheme, group: list[StoredLa
             else "weight-only: products in the model's dtype"
         )
     old = f"{OLD_GPU} refused: no blocks there" if blocks else f"{OLD_GPU} weight-only"
-    return "; ".join([_product(scheme, "W8A8"), *_shards(values, scheme, group), *_split(scheme, group), old])
+    return "; ".join(
+        [
+            _product(scheme, "W8A8"),
+            *_shards(values, scheme, group),
+            *_small(values, scheme, group),
+            *_split(scheme, group),
+            old,
+        ]
+    )
 
 
 def _refused(stored: Stored, scheme: Scheme, group: list[StoredLayer]) -> str | None:
@@ -225,6 +244,23 @@ def _shards(values: Values, scheme: Scheme, group: list[StoredLayer]) -> list[st
     if scheme.inputs == "static" and len({values.inputs.get(layer.name) for layer in group}) > 1:
         said.append("inputs with the largest input_scale")
     return said
+
+
+def _small(values: Values, scheme: Scheme, group: list[StoredLayer]) -> list[str]:
+    """per_tensor_dequantize goes through float16, also where the layer stands alone or all scales are equal."""
+    if scheme.weights != "tensor" or all(values.scales.get(layer.name, 1.0) >= LEAST_SCALE for layer in group):
+        return []
+    return ["some of the smallest codes change: weight_scale is below 2**-15"]
+
+
+def _misplaced(stored: Stored, scheme: Scheme, group: list[StoredLayer]) -> bool:
+    """allow_fp8_block_shape_mismatch, adjust_block_scale_shard: shards that are no whole blocks, but have room."""
+    block = scheme.block()
+    if stored.method != FP8 or block is None or all(layer.shape[0] % block[0] == 0 for layer in group[:-1]):
+        return False
+    starts = [sum(layer.shape[0] for layer in group[:number]) for number in range(len(group))]
+    ends = [-(-start // block[0]) - (-layer.shape[0] // block[0]) for start, layer in zip(starts, group, strict=True)]
+    return max(ends) <= -(-(starts[-1] + group[-1].shape[0]) // block[0])
 
 
 def _split(scheme: Scheme, group: list[StoredLayer]) -> list[str]:

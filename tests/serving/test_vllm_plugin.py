@@ -162,9 +162,9 @@ def test_vllm_finds_the_plug_in_by_its_entry_point(vllm: Any) -> None:
 
     from fp8kernels.integrations.vllm import register
 
-    found = importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP, name="fp8kernels")
-    assert [point.value for point in found] == ["fp8kernels.integrations.vllm:register"]
-    assert found[0].load() is register
+    (found,) = importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP, name="fp8kernels")
+    assert found.value == "fp8kernels.integrations.vllm:register"
+    assert found.load() is register
 
 
 def test_registering_again_changes_nothing(vllm: Any) -> None:

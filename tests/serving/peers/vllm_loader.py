@@ -11,7 +11,9 @@ stand in for what a machine without a GPU lacks, and are printed:
                                            scale: round(x * (1 / scale)) to E4M3, saturating
     the CPU's FP8 products                 said to run here, where they need AMX, and packing nothing; none is computed
 
-Per linear layer of vLLM the decoded weight must be the file's, every number, and the input scale the file's.
+Per linear layer of vLLM the decoded weight must be the file's, every number, and the input scale the file's. What
+`fp8kernels check` says of vLLM beforehand is held against what vLLM then did. With --record in place of folders, what
+vLLM does with the cases of ../vllm_cases.py is written to ../recorded, for a test that needs no vLLM.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from serving import vllm_cases
 
 from fp8kernels.export.config import QUANT_METHOD, entries
 from fp8kernels.formats import E4M3, get_format
@@ -221,27 +227,49 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
 
 
+def outcome(folder: Path) -> tuple[list[Row], str | None, str]:
+    """Rows of a folder, vLLM's refusal or None, and the quantization method that vLLM took."""
+    try:
+        model, config = load(folder)
+    except (ValueError, RuntimeError, AssertionError, KeyError) as error:  # what vLLM refuses, and where it breaks off
+        return [], str(error).strip() or type(error).__name__, "refused"
+    return compare(model, folder), None, config.model_config.quantization
+
+
+def record() -> None:
+    """Write what vLLM does with the cases of vllm_cases.py."""
+    found: dict[str, dict[str, int] | str] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for number, case in enumerate(vllm_cases.CASES):
+            folder = Path(place) / str(number)
+            vllm_cases.write(case, folder)
+            rows, refusal, _ = outcome(folder)
+            found[case.name] = refusal or {row.name: row.changed or (0 if row.exact else -1) for row in rows}
+    vllm_cases.OUTCOMES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(vllm_cases.OUTCOMES)
+
+
 def main(folders: list[str]) -> int:
-    """Print the rows of every folder; 1 if a number differs."""
+    """Print the rows of every folder; 1 if a number differs, vLLM refuses, or `fp8kernels check` was wrong about it."""
     import vllm
 
     print(f"vllm {vllm.__version__}, torch {torch.__version__}; stood in for: {', '.join(STAND_INS)}")
+    if folders == ["--record"]:
+        record()
+        return 0
     wrong = 0
     for folder in map(Path, folders):
-        try:
-            model, config = load(folder)
-        except ValueError as error:
-            print(f"{folder.name}: refused: {error}")
-            wrong += 1
-            continue
-        rows = compare(model, folder)
+        rows, refusal, method = outcome(folder)
         bad = [row for row in rows if not row.exact]
-        wrong += bool(bad) or not rows
-        print(f"{folder.name}: {config.model_config.quantization}, {len(rows)} layers in 8 bits, {len(bad)} differ")
-        for method in sorted({row.method for row in rows}):
-            print(f"  {method}: {sum(row.method == method for row in rows)} layers")
+        did = refusal or {row.name: row.changed or (0 if row.exact else -1) for row in rows}
+        doubted = vllm_cases.misjudged(folder, did)
+        wrong += bool(bad or doubted) or not rows
+        print(f"{folder.name}: {method}, {refusal or f'{len(rows)} layers in 8 bits, {len(bad)} differ'}")
+        for name in sorted({row.method for row in rows}):
+            print(f"  {name}: {sum(row.method == name for row in rows)} layers")
         for row in bad:
             print(f"  {row.name}: {row.changed} of {row.size} codes, {row.worst:.3g} of the largest, scale {row.scale}")
+        print("".join(f"  fp8kernels check: {line}\n" for line in doubted), end="")
     return 1 if wrong else 0
 
 
