@@ -51,8 +51,8 @@ class Report:
         for row in self.rows:
             cells = (row.weights, row.inputs, row.transformers, row.vllm, row.sglang)
             merged.setdefault((row.layer, *cells) if layers else ("", *cells), []).append(row.layer)
-        for (_, *cells), names in merged.items():
-            table.add_row(_patterns(names), *cells)
+        for key, names in merged.items():
+            table.add_row(_patterns(names), *key[1:])
         return table
 
 
