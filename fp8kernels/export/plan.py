@@ -52,7 +52,7 @@ class LayerPlan:
     @torch.no_grad()
     def sqnr(self) -> tuple[float, float]:
         """SQNR of the weight in dB: as it was trained, and as it is written."""
-        weight = self.layer.weight.detach()
+        weight = whole(self.layer.weight.detach())
         was_training = self.layer.training
         self.layer.eval()  # so that nothing is noted
         try:

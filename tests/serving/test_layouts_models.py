@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -298,6 +299,22 @@ def test_margins_powers_of_two_and_e5m2_translate(tmp_path: Path) -> None:
             else:
                 assert layer.trained_fmt == "e5m2"
                 assert layer.lost < 0, "E4M3 has a bit of mantissa more"
+
+
+def test_a_clamp_is_what_a_static_scale_does_by_itself(tmp_path: Path) -> None:
+    """Values beyond the target were cut in training; E4M3 saturates there. Dynamic scales cut nothing, and say so."""
+    recipe = get_recipe("hif8-qat")
+    clamped = recipe.replace(input=dataclasses.replace(recipe.input, clamp=True))
+    plain, cut = calibrated(common.plain(), recipe), calibrated(common.plain(), clamped)
+    with pytest.raises(ValueError, match="clamps its input"):
+        export(cut, tmp_path / "native")
+    for number, model in enumerate((plain, cut)):
+        report = export(model, tmp_path / str(number), format="compressed-tensors")
+        assert not any("clamp" in note for note in report.notes)
+    ours, wanted = read(tmp_path / "1"), read(tmp_path / "0")
+    assert all(torch.equal(ours[name].view(torch.uint8), wanted[name].view(torch.uint8)) for name in wanted)
+    report = export(cut, tmp_path / "dynamic", format="compressed-tensors-dynamic")
+    assert any("clamp" in note for note in report.notes)
 
 
 def test_every_layout_is_known() -> None:
