@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from fp8kernels.serving.server.app import Server
 from fp8kernels.serving.server.model import OneModel
 from fp8kernels.serving.server.settings import Settings
+from fp8kernels.serving.server.worker import one_thread
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ASK = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
@@ -39,7 +40,7 @@ def manager(folder: Path) -> OneModel:
 
 @pytest.fixture
 def server(manager: OneModel) -> Iterator[Server]:
-    made = Server(manager, Settings(waiting=1, body_bytes=4096))
+    made = Server(manager, Settings(waiting=1, body_bytes=4096), one_thread())
     yield made
     made.worker.stop()
 
@@ -93,7 +94,7 @@ def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client: Te
 
 
 def test_the_key_opens_v1_alone(manager: OneModel) -> None:
-    server = Server(manager, Settings(), key="sesame")
+    server = Server(manager, Settings(), one_thread(), key="sesame")
     with TestClient(server.app()) as client:
         wrong = ({}, {"authorization": "Bearer other"}, {"authorization": "sesame"}, {"authorization": "Bearer é"})
         for headers in wrong:

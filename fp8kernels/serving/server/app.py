@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -33,12 +34,18 @@ LEFT = 499  # status of requests whose client has gone, as in nginx; nobody read
 
 
 class Server:
-    """The state behind the routes."""
+    """The state behind the routes.
 
-    def __init__(self, manager: OneModel, settings: Settings, key: str | None = None) -> None:
+    thread   of one_thread(), the one that loaded the model
+    key      that requests must carry; None lets all in
+    """
+
+    def __init__(
+        self, manager: OneModel, settings: Settings, thread: ThreadPoolExecutor, key: str | None = None
+    ) -> None:
         self.manager, self.settings, self.key = manager, settings, key
         self.metrics = Metrics()
-        self.worker = Worker(settings.waiting, self.metrics)
+        self.worker = Worker(settings.waiting, self.metrics, thread)
         state = OneWorker(self.worker)
         self.endpoints: dict[str, Completions | Chat] = {
             "/v1/completions": Completions(manager, state),

@@ -82,12 +82,14 @@ def _load(folder: Path, settings: Settings) -> Server:
             raise ImportError("fastapi, uvicorn, pydantic or openai is missing")
         from .app import Server
         from .model import OneModel
+        from .worker import one_thread
     except ImportError as error:
         raise ImportError(f"the server cannot start ({error}): pip install 'fp8kernels[serve]'") from error
+    thread = one_thread()
     with quiet():
-        manager = OneModel.of_folder(folder, settings)
+        manager = thread.submit(OneModel.of_folder, folder, settings).result()
     transformers.logging.set_verbosity_error()  # its handlers warn of each request
-    return Server(manager, settings, os.environ.get(KEY) or None)
+    return Server(manager, settings, thread, os.environ.get(KEY) or None)
 
 
 def _run(server: Server, listener: socket.socket, settings: Settings) -> int:

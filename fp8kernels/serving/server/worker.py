@@ -25,6 +25,15 @@ from .requests import Refused
 log = logging.getLogger("fp8kernels.serving")
 
 
+def one_thread() -> ThreadPoolExecutor:
+    """The thread that loads the model and generates, so that no other has helpers for parallel loops.
+
+    OpenMP gives every thread that runs such loops helpers of its own. Where they are more than the cores, it lets all
+    of them sleep between two loops, and a token of a small model takes twice the time.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
+
+
 class Abandoned(Exception):
     """Raised between two tokens of a generation that nobody waits for any more."""
 
@@ -121,12 +130,13 @@ class Worker(GenerateManager):
     """Runs generations on one thread; accepts as many as may wait.
 
     waiting   requests beyond the running one
+    thread    of one_thread(), the one that loaded the model
     """
 
-    def __init__(self, waiting: int, metrics: Metrics) -> None:
+    def __init__(self, waiting: int, metrics: Metrics, thread: ThreadPoolExecutor) -> None:
         self.limit, self.metrics = waiting + 1, metrics
         self.jobs: dict[str, Job] = {}
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
+        self.pool = thread
         self.alive, self.running = True, 0
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: max(0, len(self.jobs) - self.running))
