@@ -33,5 +33,5 @@ __all__ = [
     "stream",
 ]
 
-for _verb in (calibrate, check, explain_servers, stream):  # fp8kernels.export is the function: fp8kernels.export.stream
+for _verb in (calibrate, check, explain_servers, pairs, stream):  # fp8kernels.export is the function
     setattr(export, _verb.__name__, _verb)
