@@ -12,6 +12,7 @@ from ..nn import Linear
 from .adapters import merged
 from .formats import NATIVE, get_layout
 from .layout import CODES, SCALE
+from .merged_view import is_merged_in_view, merged_view
 from .names import checkpoint_names
 from .plan import check_numbers, in_dtype, others, plan_export
 from .write import HIGH_PRECISION, converted_linears, pack_layer
@@ -25,7 +26,7 @@ def stream(
     """Every tensor that `export` would write in this format, under the names of transformers, as (name, tensor, scale).
 
     model    a converted model, trained or calibrated; also under FSDP2, where every rank has to take the whole stream,
-             and with adapters of PEFT, which are merged in a copy of the model
+             and with adapters of PEFT: LoRA is merged a layer at a time, other adapters in a copy of the model
     format   as export's
     dtype    of what stays in high precision
     returns  for an 8-bit layer ("model.layers.0.mlp.up_proj.weight", float8_e4m3fn [N, K], scale), the scale being the
@@ -41,14 +42,14 @@ def stream(
         raise ValueError(f"stream: dtype is {dtype}, it must be one of {', '.join(map(str, HIGH_PRECISION))}")
     if format != NATIVE:
         get_layout(format)
+    if (view := merged_view(model)) is not None:
+        check_numbers(model)
+        layers = _layers(view, format)
+        if all(name in layers for name, layer in view.named_modules() if is_merged_in_view(layer)):
+            return _parts(view, layers, dtype, native=format == NATIVE)
     model, _ = merged(model)
     check_numbers(model)
-    layers: dict[str, Callable[[], dict[str, Tensor]]]
-    if format == NATIVE:
-        layers = {name: partial(_codes, layer) for name, layer in converted_linears(model).items()}
-    else:
-        layers = {name: layer.tensors for name, layer in plan_export(model, format).layers.items()}
-    return _parts(model, layers, dtype, native=format == NATIVE)
+    return _parts(model, _layers(model, format), dtype, native=format == NATIVE)
 
 
 def pairs(parts: Iterator[tuple[str, Tensor, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
@@ -62,6 +63,13 @@ def pairs(parts: Iterator[tuple[str, Tensor, Tensor | None]]) -> Iterator[tuple[
 def scale_name(name: str) -> str:
     """What a file calls the scale of a weight."""
     return f"{name.removesuffix(CODES)}{SCALE}" if name.endswith(f".{CODES}") else f"{name}_scale"
+
+
+def _layers(model: nn.Module, format: str) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """The 8-bit layers by their names, each with what makes its tensors."""
+    if format == NATIVE:
+        return {name: partial(_codes, layer) for name, layer in converted_linears(model).items()}
+    return {name: layer.tensors for name, layer in plan_export(model, format).layers.items()}
 
 
 def _parts(

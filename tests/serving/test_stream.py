@@ -16,6 +16,7 @@ from serving import common
 
 from fp8kernels.convert import convert
 from fp8kernels.export import LayerPlan, calibrate, export, pairs, stream
+from fp8kernels.export.merged_view import merged_view
 
 FORMATS = ("native", "compressed-tensors", "compressed-tensors-dynamic", "compressed-tensors-block", "fp8")
 
@@ -34,8 +35,10 @@ def test_the_bytes_are_those_of_the_file(hif8: Any, tmp_path: Path, format: str)
     found = list(stream(hif8, format=format))
     same(dict(pairs(iter(found))), load_file(tmp_path / "out" / "model.safetensors"))
     codes = [(name, scale) for name, _, scale in found if scale is not None]
-    assert len(codes) == 7 * common.SIZE.layers
-    assert codes[0][0] == "model.layers.0.self_attn.q_proj." + ("weight_codes" if format == "native" else "weight")
+    blocks = format.endswith("block")  # 64 rows of k and v are half a block: q, k and v stay in high precision
+    assert len(codes) == (4 if blocks else 7) * common.SIZE.layers
+    first = "o_proj" if blocks else "q_proj"
+    assert codes[0][0] == f"model.layers.0.self_attn.{first}." + ("weight_codes" if format == "native" else "weight")
 
 
 def test_a_layer_is_rounded_when_it_is_asked_for_and_not_kept(hif8: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,16 +77,23 @@ def test_tied_embeddings_come_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in names
 
 
-def test_adapters_are_merged_and_stay(hif8: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+def test_adapters_are_merged_and_stay(hif8: Any, tmp_path: Path, kind: str, format: str) -> None:
     peft = pytest.importorskip("peft")
+    options = {"lora": {}, "dora": {"use_dora": True}, "saved": {"modules_to_save": ["lm_head"]}}[kind]
     model = peft.get_peft_model(
-        copy.deepcopy(hif8), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        copy.deepcopy(hif8),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options),
     )
+    assert (merged_view(model) is not None) == (kind == "lora")
     before = copy.deepcopy(model.state_dict())
-    found = dict(pairs(stream(model)))
+    found = dict(pairs(stream(model, format=format)))
     same(dict(model.state_dict()), before)
-    export(model, tmp_path / "out", format="compressed-tensors")
+    export(model, tmp_path / "out", format=format)
     same(found, load_file(tmp_path / "out" / "model.safetensors"))
+    if format == "native":
+        return
     plain = dict(pairs(stream(hif8)))
     assert found.keys() == plain.keys()
     changed = {name for name in found if name.endswith("weight") and not torch.equal(found[name], plain[name])}
@@ -109,6 +119,16 @@ def sharded(rank: int) -> tuple[list[str], bool]:
 
 def test_shards_of_fsdp_are_gathered_a_layer_at_a_time() -> None:
     assert run(sharded, 2) == [([], True), ([], True)]
+
+
+def test_a_view_of_lora_shares_every_weight(hif8: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(hif8), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    view = merged_view(model)
+    assert view is not None
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in view.parameters()} <= held
+    assert [name for name, _ in view.named_parameters()] == [name for name, _ in hif8.named_parameters()]
 
 
 def test_what_cannot_be_streamed_is_told_before_the_first_tensor(hif8: Any) -> None:
