@@ -19,7 +19,9 @@ from fp8kernels.convert import convert
 from fp8kernels.export import check, export, load_into, pack
 from fp8kernels.export import write as write_module
 from fp8kernels.export.layout import MANIFEST, WEIGHTS, file_stamp
+from fp8kernels.nn.hold import hold_high
 from fp8kernels.nn.inference import InferenceLinear
+from fp8kernels.recipe import get_recipe
 
 WIDTH = 128  # divides by every block
 
@@ -329,3 +331,22 @@ def test_pack_counts_every_byte_that_is_written(tmp_path: Path) -> None:
     header_limit = 4096  # bytes; names and shapes
     written = (tmp_path / "model" / WEIGHTS).stat().st_size
     assert 0 < written - sum(tensor.nbytes for tensor in tensors.values()) < header_limit
+
+
+def test_a_layer_that_fell_back_is_written_as_it_computes(tmp_path: Path) -> None:
+    model = trained("hif8-qat")
+    hold_high(model.first)
+    report = export(model, tmp_path / "model", dtype=torch.float32)
+    assert "fallen back" in report.kept["first"] and set(report.manifest.layers) == {"second"}
+    loaded = load_into(Net(), tmp_path / "model")
+    assert type(loaded.first) is nn.Linear and torch.equal(loaded(TOKENS), model(TOKENS))
+
+    hold_high(model)
+    with pytest.raises(ValueError, match="every 8-bit layer has fallen back"):
+        export(model, tmp_path / "none")
+
+
+def test_a_warm_up_that_has_not_ended_is_said(tmp_path: Path) -> None:
+    assert export(trained("hif8-qat"), tmp_path / "warm").notes == ()
+    (note,) = export(trained(get_recipe("hif8-qat").replace(warmup_steps=9)), tmp_path / "cold").notes
+    assert "2 of 9 steps" in note

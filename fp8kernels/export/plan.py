@@ -19,6 +19,7 @@ from .names import own
 from .requantize import bf16_exact, decode, encode, fp16_safe, sqnr_db, weight_amax, weight_scale
 from .stored import FUSED
 
+FALLEN_BACK = "it had fallen back to high precision"
 CONVERT = "call fp8kernels.convert(model), then fp8kernels.export.calibrate(model, batches) or train it"
 
 
@@ -131,7 +132,7 @@ def plan_export(model: nn.Module, format: str) -> Plan:
     }
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     kept = dict(sorted(kept.items(), key=lambda item: order[item[0]]))
-    return Plan(layout, layers, kept, left, _notes(found, layout))
+    return Plan(layout, layers, kept, left, [*_notes(found, layout), *warmup_note(model)])
 
 
 def check_numbers(model: nn.Module) -> None:
@@ -160,6 +161,15 @@ def check_numbers(model: nn.Module) -> None:
                     )
 
 
+def warmup_note(model: nn.Module) -> list[str]:
+    """What a report says of a model that still computes in high precision, while the file holds codes."""
+    cold = [module for module in model.modules() if isinstance(module, ScaledLayer) and not module.fp8_warm]
+    if not cold:
+        return []
+    steps, done = cold[0].fp8_recipe.warmup_steps, int(cold[0].fp8_step)
+    return [f"the warm-up has not ended ({done} of {steps} steps): the model has never computed in the 8 bits written"]
+
+
 def saved_transposed(layer: nn.Linear) -> bool:
     """Whether a checkpoint has the weight as [in, out], as GPT-2's Conv1D keeps it."""
     saved = layer.state_dict()["weight"]
@@ -175,7 +185,7 @@ def _why_high(name: str, module: nn.Module, layout: Layout) -> str | None:
     if not name:
         return "the model is one bare layer, whose tensors have no names"
     if module.fp8_high:
-        return "it had fallen back to high precision"
+        return FALLEN_BACK
     if saved_transposed(module):
         return "the checkpoint has its weight as [in, out] (Conv1D), which loaders of this layout do not read as 8-bit"
     if layout.block == "128x128" and module.in_features % EDGE:

@@ -20,7 +20,7 @@ from .files import is_ours, save_parts, save_shards, write_config
 from .formats import NATIVE, foreign_config, get_layout
 from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, LayerEntry, Manifest, file_stamp
 from .names import cache_tensors, checkpoint_layers, checkpoint_names, in_order, own
-from .plan import check_numbers, high_precision, in_dtype, others, plan_export
+from .plan import FALLEN_BACK, check_numbers, high_precision, in_dtype, others, plan_export, warmup_note
 from .report import ExportReport, exported
 
 HIGH_PRECISION = (torch.bfloat16, torch.float32)
@@ -125,12 +125,17 @@ def _export_native(
         )
         (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     kept = {
-        name: "not converted"
+        name: FALLEN_BACK if isinstance(module, ScaledLayer) else "not converted"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in layers
     }
     return ExportReport(
-        NATIVE, kept=kept, tied=tied, notes=tuple(notes), files=(MANIFEST, *manifest.files), manifest=manifest
+        NATIVE,
+        kept=kept,
+        tied=tied,
+        notes=(*notes, *warmup_note(model)),
+        files=(MANIFEST, *manifest.files),
+        manifest=manifest,
     )
 
 
@@ -152,9 +157,9 @@ def pack(
 
 
 def converted_linears(model: nn.Module) -> dict[str, Linear]:
-    """The layers that a native checkpoint holds as codes.
+    """The layers that a native checkpoint holds as codes: those that have fallen back to high precision stay there.
 
-    raises   ValueError if nothing is converted, or a converted layer is not a Linear
+    raises   ValueError if nothing is converted, all have fallen back, or a converted layer is not a Linear
     """
     converted = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLayer)}
     if not converted:
@@ -163,12 +168,19 @@ def converted_linears(model: nn.Module) -> dict[str, Linear]:
         raise ValueError("export: the model is one bare layer; put it into a module, so that its tensors have names")
     found: dict[str, Linear] = {}
     for name, layer in converted.items():
+        if layer.fp8_high:
+            continue
         if not isinstance(layer, Linear):
             raise ValueError(
                 f"export: layer {name!r} is a converted {type(layer).__name__}; a checkpoint holds Linear layers only: "
                 f"convert again with a filter or an override that leaves it as it is"
             )
         found[name] = layer
+    if not found:
+        raise ValueError(
+            "export: every 8-bit layer has fallen back to high precision, so that there are no codes to write: train "
+            "it with a recipe that fits, or write it with save_pretrained"
+        )
     return found
 
 
