@@ -350,3 +350,19 @@ def test_a_warm_up_that_has_not_ended_is_said(tmp_path: Path) -> None:
     assert export(trained("hif8-qat"), tmp_path / "warm").notes == ()
     (note,) = export(trained(get_recipe("hif8-qat").replace(warmup_steps=9)), tmp_path / "cold").notes
     assert "2 of 9 steps" in note
+
+
+def test_a_linked_folder_and_the_current_one_are_written_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained("hif8-qat")
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to(real)  # which is not there yet
+    for _ in range(2):
+        export(model, link)
+        assert link.is_symlink() and (real / MANIFEST).is_file()
+        assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith(".")) == []
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(model, ".")
+    assert (tmp_path / "here" / MANIFEST).is_file() and len(list(tmp_path.iterdir())) == 3

@@ -14,9 +14,11 @@ from pathlib import Path
 def staged_folder(out: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` when the block ends well, and is removed when it does not.
 
+    out          where it is a symbolic link, the folder that it points to
     may_replace  whether an existing, non-empty `out` may be replaced; asked before anything is written
     raises       FileExistsError if it may not; whatever the block raises, also KeyboardInterrupt
     """
+    out = Path(os.path.realpath(out))  # a link stays one, and "." has a name and a folder beside it
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not may_replace(out)):
         raise FileExistsError(f"{out} exists and was not written by export; give another folder, or empty this one")
     out.parent.mkdir(parents=True, exist_ok=True)
