@@ -24,7 +24,7 @@ struct Avx512 {
         if (col_stride != 1) return pack_cols_transposed(to, width, codes, col_stride, cols, depth, decoder);
         for (int64_t j = 0; j < cols; j += 16) {
             pack_16_cols(to + 2 * j, 2 * width, codes + j * row_stride, row_stride, cols - j < 16 ? cols - j : 16,
-                         depth, decoder);
+                         depth, decoder, cols * row_stride);
         }
     }
 

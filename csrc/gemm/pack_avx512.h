@@ -88,16 +88,20 @@ inline void transpose_lanes(__m512i v[4]) {
 }
 
 // 16 columns of a panel, K contiguous: to[pair] is 16 columns x 2 of K, `stride` elements after to[pair - 1].
+//
+// ahead  bytes from these codes to those that are packed after the next product, which are asked for meanwhile: a
+//        weight that comes from memory then costs no time where the product takes longer
 inline void pack_16_cols(uint16_t* to, int64_t stride, const uint8_t* codes, int64_t row_stride, int64_t cols,
-                         int64_t depth, const Bf16Decoder& decoder) {
+                         int64_t depth, const Bf16Decoder& decoder, int64_t ahead = 0) {
     for (int64_t k = 0; k < depth; k += 64) {
         const __mmask64 mask = first_bytes(depth - k);
         __m512i v[4][4];  // v[i][c]: lane l is column 4 l + i, codes k + 16 c .. k + 16 c + 15
         for (int64_t i = 0; i < 4; ++i) {
             for (int64_t l = 0; l < 4; ++l) {
                 const int64_t col = 4 * l + i;
-                v[i][l] =
-                    col < cols ? _mm512_maskz_loadu_epi8(mask, codes + col * row_stride + k) : _mm512_setzero_si512();
+                const uint8_t* from = codes + col * row_stride + k;
+                if (ahead) _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T1);
+                v[i][l] = col < cols ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
             }
             transpose_lanes(v[i]);
         }
