@@ -34,6 +34,12 @@ class Served:
         self.open = contextlib.ExitStack()
         atexit.register(self.open.close)
 
+    @classmethod
+    @cache
+    def once(cls, recipe: str, clients: int, tokens: int) -> Served:
+        """The same server for every time that a case is built."""
+        return cls(recipe, clients, tokens)
+
     @cache  # noqa: B019  one object a case, which lives as long as the process
     def folder(self) -> Path:
         """A Llama after a few steps, which goes on with code."""
@@ -80,7 +86,7 @@ def over_http(recipe: str = "hif8-qat", clients: int = 8, tokens: int = 16) -> C
 
     Checked before it is timed: no request is lost, refused or failed, and the texts are those of generate().
     """
-    served = Served(recipe, clients, tokens)
+    served = Served.once(recipe, clients, tokens)
 
     def check() -> None:
         got, wanted = served.over_http(), served.in_process()
