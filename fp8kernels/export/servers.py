@@ -69,7 +69,7 @@ def _row(stored: Stored, values: Values, layer: StoredLayer, group: list[StoredL
         refused = f"refused: config.json promises 8 bits, the file holds {layer.dtype}; add it to the ignore list"
         return ServerRow(layer.name, layer.dtype, "as they are", refused, refused, refused)
     if stored.method == QUANT_METHOD:
-        return _native(stored, layer)
+        return _native(stored, layer, group)
     weights = f"{layer.dtype}, " + (
         "config.json ignores it" if layer.ignored else _weights(scheme) if scheme else "no scheme"
     )
@@ -104,7 +104,7 @@ def _inputs(scheme: Scheme) -> str:
     return f"a scale for each {scheme.inputs}, found anew"
 
 
-def _native(stored: Stored, layer: StoredLayer) -> ServerRow:
+def _native(stored: Stored, layer: StoredLayer, group: list[StoredLayer]) -> ServerRow:
     """integrations/hugging_face.py, integrations/vllm, integrations/sglang: codes stay what they are."""
     scheme = layer.scheme
     weights = f"{scheme.fmt}, {_weights(scheme)}" if scheme else "codes"
@@ -112,12 +112,18 @@ def _native(stored: Stored, layer: StoredLayer) -> ServerRow:
     if not stored.config:
         none = "not loaded: no config.json; fp8kernels.serving.load(FOLDER, model=…) reads it"
         return ServerRow(layer.name, weights, inputs, none, none, none)
+    transformers = (
+        "8-bit, with `import fp8kernels.integrations.hugging_face` before from_pretrained; without it the weights are "
+        "made up"
+    )
+    if any(other.scheme != scheme or not other.eight_bit for other in group):  # served_linear.layer_entry
+        refused = "refused: shards that are computed as one are not read alike"
+        return ServerRow(layer.name, weights, inputs, transformers, refused, refused)
     return ServerRow(
         layer.name,
         weights,
         inputs,
-        "8-bit, with `import fp8kernels.integrations.hugging_face` before from_pretrained; without it the weights are "
-        "made up",
+        transformers,
         f"8-bit, with the plug-in fp8kernels ({plug_in('vllm')}); without it refused: unknown quantization method",
         f"8-bit, with the plug-in fp8kernels ({plug_in('sglang')}); without it refused: unknown quantization method",
     )

@@ -328,6 +328,20 @@ def test_layers_fused_in_the_checkpoint_are_cut_by_vllm(vllm: Any, folders: dict
     assert torch.equal(run.scale, fused[f"{parent}.gate_up_proj.weight_scale"])
 
 
+def test_new_weights_go_the_way_of_the_first(vllm: Any, folders: dict[str, Path], models: Any) -> None:
+    tensors = load_file(folders["tensor"] / "model.safetensors")
+    layer, x = fill(qkv(config(folders["tensor"])), tensors, f"{LAYER}.self_attn", QKV), numbers(4, HIDDEN)
+    before = layer(x)[0]
+    for name, part in QKV.items():  # without process_weights_after_loading: a running server may not call it
+        for key in KEYS:
+            parameter = getattr(layer, key)
+            parameter.weight_loader(parameter, tensors[f"model.layers.1.self_attn.{name}.{key}"], part)
+    after, parent = layer(x)[0], "model.layers.1.self_attn"
+    assert not torch.equal(after, before)
+    expected = [served(models["tensor"], f"{parent}.{name}")(x) for name in QKV]
+    assert torch.equal(after, torch.cat(expected, dim=-1))
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_a_tensor_that_never_came_is_named(vllm: Any, folders: dict[str, Path], key: str) -> None:
     tensors, layer = load_file(folders["tensor"] / "model.safetensors"), qkv(config(folders["tensor"]))

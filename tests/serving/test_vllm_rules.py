@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import vllm_cases
+
+from fp8kernels.export import explain_servers, export
 
 
 @pytest.mark.parametrize("case", vllm_cases.CASES, ids=lambda case: case.name)
@@ -20,3 +23,12 @@ def test_the_outcomes_hold_every_kind() -> None:
     changed = [name for name, outcome in found.items() if isinstance(outcome, dict) and any(outcome.values())]
     assert set(found) == {case.name for case in vllm_cases.CASES}
     assert refused and changed and len(found) > len(refused) + len(changed)
+
+
+def test_a_native_folder_whose_shards_are_not_read_alike_is_said_to_be_refused(e4m3_block: Any, tmp_path: Path) -> None:
+    """Keys and values of 64 rows stay in high precision beside queries in blocks: the plug-ins refuse them as one."""
+    export(e4m3_block, tmp_path / "model")
+    said = {row.layer: row for row in explain_servers(tmp_path / "model")}
+    mixed, whole = said["model.layers.0.self_attn.q_proj"], said["model.layers.0.mlp.gate_proj"]
+    assert mixed.vllm.startswith("refused") and mixed.sglang.startswith("refused")
+    assert whole.vllm.startswith("8-bit") and mixed.transformers == whole.transformers
