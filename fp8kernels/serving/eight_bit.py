@@ -22,6 +22,7 @@ from ..export.layout import LayerEntry
 from ..headers import AGAIN, TensorHeader, read_headers
 from ..models.causal_lm import rehearse
 
+ALIGNMENT = 64  # bytes; products are slower over weights that do not begin where a cache line does
 TORCH = {  # dtypes by the names of the safetensors format; what is not here is no tensor of a language model
     "F64": torch.float64,
     "F32": torch.float32,
@@ -101,7 +102,8 @@ def _read(headers: Mapping[str, TensorHeader], wanted: set[str], files: ExitStac
             continue
         if header.file not in opened:  # pread: each tensor gets memory of its own, and the file no mapping
             opened[header.file] = files.enter_context(safe_open(header.file, framework="pt", backend="pread"))
-        tensors[name] = opened[header.file].get_tensor(name)
+        read = opened[header.file].get_tensor(name)
+        tensors[name] = read if read.data_ptr() % ALIGNMENT == 0 else read.clone()
     return tensors
 
 

@@ -18,7 +18,7 @@ from ..export.read import check
 from ..formats import get_format
 from ..headers import CONFIG, read_json
 from .fuse import fuse_for_serving
-from .head import use_eight_bit_head
+from .head import give_dense_rows, use_eight_bit_head
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def load(
 
         calibrated = asked is not None and get_format(fmt).name == asked  # scales are those of one format
         use_eight_bit_cache(loaded, fmt, scales=cache_scales(settings["kv_cache"]) if calibrated else None)
+    give_dense_rows(loaded)
     return loaded.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +153,19 @@ def test_parts_called_alone_or_out_of_order_are_right() -> None:
     assert not torch.equal(mlp.gate_proj(changed), gate)
     assert torch.equal(mlp.up_proj(changed), other)
     assert torch.equal(up, mlp.up_proj(x))
+
+
+def test_a_loaded_model_reads_aligned_weights_and_gives_its_head_dense_rows(native_folder: Path) -> None:
+    from fp8kernels.serving import load
+    from fp8kernels.serving.eight_bit import ALIGNMENT
+
+    model = load(native_folder)
+    held = [x for x in (*model.parameters(), *model.buffers()) if x.nbytes > ALIGNMENT]
+    offsets = {x.untyped_storage().data_ptr() % ALIGNMENT for x in held}
+    assert offsets == {0}, "weights begin where a cache line does"
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    hidden = model.config.hidden_size
+    with torch.inference_mode():
+        model(torch.arange(2, 34)[None], logits_to_keep=1)
+    assert seen == [(hidden, hidden, 1)], "the head's weight is copied for a slice"
