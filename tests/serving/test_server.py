@@ -171,9 +171,22 @@ def test_a_seed_repeats_a_sample(server: Running) -> None:
     assert len({sample(seed) for seed in range(4)}) > 1
 
 
-def test_generation_stops_at_a_stop_string(server: Running) -> None:
-    done = server.client().completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=64, temperature=0, stop=["return"]
-    )
-    assert done.choices[0].text.endswith("return")
-    assert done.choices[0].finish_reason == "stop"
+@pytest.mark.parametrize("stop", [["return"], "\n    return a", ["no such text", "urn", " + b"]])
+def test_generation_ends_before_a_stop_string(server: Running, stop: Any) -> None:
+    ask = {"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
+    free = server.client().completions.create(**ask).choices[0].text
+    done = server.client().completions.create(**ask, stop=stop).choices[0]
+    stops = [stop] if isinstance(stop, str) else stop
+    assert done.text == free[: min(free.find(one) for one in stops if one in free)]
+    assert done.finish_reason == "stop"
+    pieces = list(server.client().completions.create(**ask, stop=stop, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == done.text
+    assert pieces[-1].choices[0].finish_reason == "stop"
+
+
+def test_the_beginning_of_a_stop_string_is_sent_where_it_does_not_go_on(server: Running) -> None:
+    ask = {"model": "tiny", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    whole = complete(server)
+    stop = [whole[-3:] + "never", whole[4:8] + "never"]
+    pieces = server.client().completions.create(**ask, stop=stop, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -72,6 +72,11 @@ class Job:
         return Refused(f"the generation failed: {lines[0][:300]}", status=500, code="generation_failed")
 
 
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings, which OpenAI's API leaves out of answers."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class Watch:
     """A streamer that counts, for answers in one piece."""
 
@@ -93,12 +98,14 @@ class Stream(DirectStreamer):
     """Transformers' streamer that counts too, and sends what its decoder still held back at the end.
 
     The decoder keeps the bytes of an unfinished character; answers in one piece show them as U+FFFD, so this does.
+    What may begin a stop string waits for the next piece, and nothing is sent from a stop string on.
     """
 
-    def __init__(self, job: Job, tokenizer: Any, *arguments: Any, **options: Any) -> None:
+    def __init__(self, job: Job, tokenizer: Any, *arguments: Any, stops: Sequence[str] = (), **options: Any) -> None:
         super().__init__(tokenizer._tokenizer, *arguments, **options)
         self.job, self.whole, self.sent = job, tokenizer, ""
         self.ids: list[int] = []
+        self.stops, self.waiting, self.stopped = stops, "", False
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt first, then each token."""
@@ -111,7 +118,24 @@ class Stream(DirectStreamer):
 
     def _enqueue(self, item: Any) -> None:
         self.sent += item if isinstance(item, str) else ""
+        if self.stops and type(item) is str:  # content; what a parser takes for a thought or a call has other types
+            item = self._until_stop(item)
+            if not item:
+                return
         super()._enqueue(item)
+
+    def _until_stop(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text = self.waiting + piece
+        before = until_stop(text, self.stops)
+        self.stopped, self.waiting = len(before) < len(text), ""
+        if not self.stopped:
+            longest = max(map(len, self.stops)) - 1
+            tails = (text[start:] for start in range(max(0, len(text) - longest), len(text)))
+            self.waiting = next((tail for tail in tails if any(stop.startswith(tail) for stop in self.stops)), "")
+            before = text.removesuffix(self.waiting)
+        return before
 
     def end(self) -> None:
         """What is held back, then the mark of the end."""
@@ -119,6 +143,8 @@ class Stream(DirectStreamer):
             text = self.whole.decode(self.ids, skip_special_tokens=True)
             if text.startswith(self.sent) and len(text) > len(self.sent):
                 self._enqueue(text[len(self.sent) :])
+        if self.waiting:
+            super()._enqueue(self.waiting)
         super().end()
 
     def cancel(self) -> None:
@@ -170,7 +196,8 @@ class Worker(GenerateManager):
         """As transformers': text pieces come through the queue, None ends them."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         job = self.jobs[request_id]
-        stream = Stream(job, processor, loop, queue, response_parser=response_parser)
+        stops = gen_config.stop_strings or ()
+        stream = Stream(job, processor, loop, queue, stops=stops, response_parser=response_parser)
         arguments = {**inputs, "streamer": stream, "generation_config": gen_config, "tokenizer": processor}
 
         def run() -> None:
@@ -194,7 +221,8 @@ class Worker(GenerateManager):
         sequences = await asyncio.wrap_future(job.future)
         length = inputs["input_ids"].shape[-1]
         ids = sequences[0, length:]
-        return processor.decode(ids, skip_special_tokens=True), length, ids
+        text = processor.decode(ids, skip_special_tokens=True)
+        return until_stop(text, gen_config.stop_strings or ()), length, ids
 
     def _submit(self, run: Callable[[], Any]) -> Future[Any]:
         try:
