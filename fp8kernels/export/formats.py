@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from .stored import FUSED
+
 NATIVE = "native"
 EDGE = 128  # elements; the side of a block of weights, and the length of a group of inputs
 
@@ -85,6 +87,20 @@ def foreign_config(layout: Layout, ignore: list[str], *, cache: bool = False) ->
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ignore,
+        "ignore": [*ignore, *_fused(ignore)],
         "kv_cache_scheme": {**eight_bit, "strategy": "tensor", "dynamic": False} if cache else None,
     }
+
+
+def _fused(names: list[str]) -> list[str]:
+    """The fused layers of which all parts are named.
+
+    SGLang's Llama, Qwen and their like do not say which parts a fused layer has, and look for its own name alone.
+    """
+    named = set(names)
+    return [
+        name.removesuffix(parts[0]) + fused
+        for fused, parts in FUSED.items()
+        for name in names
+        if name.rpartition(".")[2] == parts[0] and all(name.removesuffix(parts[0]) + part in named for part in parts)
+    ]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ...export.config import QUANT_METHOD, entries
 from ...export.layout import LayerEntry
+from ...export.stored import FUSED
 from ...headers import some
 from ..served_linear import apply, create, finish, layer_entry
 
-# What SGLang's models fuse where their class does not say so itself.
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+# What SGLang's models fuse where their class does not say so itself: most do not.
+PACKED = {fused: list(parts) for fused, parts in FUSED.items()}
 MIN_CAPABILITY = 80  # compute capability times ten; the Triton kernels need Ampere
 
 
@@ -31,7 +32,7 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, layers: dict[str, LayerEntry], packed: dict[str, list[str]] | None = None) -> None:
         super().__init__()
         self.layers = layers
-        self.packed_modules_mapping = FUSED | (packed or {})
+        self.packed_modules_mapping = PACKED | (packed or {})
         self.found = False  # whether any layer of the model stands in the checkpoint
 
     @classmethod
