@@ -58,6 +58,7 @@ def test_what_is_no_object_is_refused(raw: bytes, match: str) -> None:
         ({"stream": "yes"}, 'stream is "yes"; it must be true or false'),
         ({"stop": ["a"] * 5}, "at most 4"),
         ({"stop": ""}, "empty string"),
+        ({"stop": ["a", "a" * 501]}, "501 characters; 500 at most"),
         ({"stop": [1]}, "stop is 1; it must be a string"),
         ({"n": 2}, "n = 2 is not supported here; 1 is"),
         ({"echo": True}, "echo = true is not supported here; false is"),

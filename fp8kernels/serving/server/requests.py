@@ -13,6 +13,7 @@ Body = dict[str, Any]
 Check = Callable[[str, Any], Any]  # name and value to the value that goes on, or Refused
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_STOPS = 4  # OpenAI's limit
+LONGEST_STOP = 500  # characters; transformers lays each out against the whole vocabulary, before the first token
 PASSED_OVER = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
     | {"parallel_tool_calls"}
@@ -178,6 +179,10 @@ def _stop(name: str, value: Any) -> list[str]:
         raise _refuse(name, value, f"a string or a list of at most {MOST_STOPS}")
     if any(not _text(name, stop) for stop in stops):
         raise Refused("stop holds an empty string, which every text contains", parameter=name)
+    if (longest := max(map(len, stops), default=0)) > LONGEST_STOP:
+        raise Refused(
+            f"stop holds a string of {longest} characters; {LONGEST_STOP} at most are looked for", parameter=name
+        )
     return stops
 
 
