@@ -136,7 +136,7 @@ def rejoin(joined: Joined, parts: Sequence[InferenceLinear]) -> None:
     """
     if joined._back is None:
         return
-    parts = sorted(parts, key=lambda part: part.index)  # type: ignore[attr-defined]
+    parts = sorted(parts, key=lambda part: int(part.index))  # type: ignore[arg-type]
     if why_not_joined(parts) is None:
         joined.scale = _joined_scale(parts)
         biases = [part.bias for part in parts if part.bias is not None]
