@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .requantize import bf16_exact
+from .stored import EMBEDDING
 
 
 def checkpoint_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,6 +41,21 @@ def checkpoint_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
     numbered = {f"{name}.weight": torch.tensor([float(number)]) for number, name in enumerate(names)}
     saved = {int(tensor[0]): name.removesuffix(".weight") for name, tensor in checkpoint_names(model, numbered).items()}
     return [saved[number] for number in range(len(names))] if len(saved) == len(names) else names
+
+
+def matrices(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names, in a checkpoint, of what servers make linear layers of and that is not 8-bit: experts and routers, too.
+
+    transformers holds the experts of a layer in one tensor, and a router in a module of its own
+    """
+    modules = dict(model.named_modules())
+    found = []
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition(".")
+        high = key == "weight" and tensor.ndim == 2 and tensor.dtype in (torch.bfloat16, torch.float32)
+        if high and not isinstance(modules.get(layer), nn.Embedding) and not EMBEDDING.search(layer):
+            found.append(layer)
+    return found
 
 
 def in_order(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

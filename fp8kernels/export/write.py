@@ -19,7 +19,7 @@ from .config import quantization_config
 from .files import is_ours, save_parts, save_shards, write_config
 from .formats import NATIVE, foreign_config, get_layout
 from .layout import CODES, INPUT_SCALE, MANIFEST, SCALE, LayerEntry, Manifest, file_stamp
-from .names import cache_tensors, checkpoint_layers, checkpoint_names, in_order, own
+from .names import cache_tensors, checkpoint_layers, checkpoint_names, in_order, matrices, own
 from .plan import FALLEN_BACK, check_numbers, high_precision, in_dtype, others, plan_export, warmup_note
 from .report import ExportReport, exported
 
@@ -88,7 +88,9 @@ def export(
         layers[name] = exported(layer)
     tensors = in_order(model, checkpoint_names(model, tensors))
     # vLLM and SGLang match the names of the files, transformers those of its modules: GPT-NeoX's head has two
-    ignore = list(dict.fromkeys((*checkpoint_layers(model, plan.kept), *plan.kept)))
+    listed = dict.fromkeys((*checkpoint_layers(model, plan.kept), *plan.kept))
+    outside = {name: "the model has it in no Linear layer" for name in matrices(model, tensors) if name not in listed}
+    ignore = [*listed, *outside]
     settings = foreign_config(plan.layout, ignore, cache=bool(cache_scales))
     with staged_folder(Path(out), may_replace=is_ours) as staged:
         save_parts(model, tokenizer, staged)
@@ -96,7 +98,7 @@ def export(
             notes.append("the model has no config: config.json says how its layers are read, and nothing else")
         save_shards(tensors, staged, max_shard_size)
         files = tuple(sorted(path.name for path in staged.iterdir()))
-    return ExportReport(format, layers, plan.kept, plan.left, tied, (*notes, *plan.notes), files)
+    return ExportReport(format, layers, {**plan.kept, **outside}, plan.left, tied, (*notes, *plan.notes), files)
 
 
 def _export_native(

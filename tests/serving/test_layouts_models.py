@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fp8kernels
 from fp8kernels.convert import convert
-from fp8kernels.export import calibrate, export
+from fp8kernels.export import calibrate, check_report, export
 from fp8kernels.export.formats import FORMATS, LAYOUTS
 from fp8kernels.models.linears import as_linears
 from fp8kernels.recipe import get_recipe
@@ -174,6 +174,18 @@ def test_experts_have_the_names_of_the_checkpoint(tmp_path: Path) -> None:
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32, output_loading_info=True)
     assert {key: list(found) for key, found in info.items() if found} == {}
     assert torch.equal(dict(loaded.named_parameters())["model.norm.weight"], model.model.norm.weight)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "compressed-tensors-dynamic", "fp8"])
+def test_experts_and_routers_are_said_to_be_in_high_precision(format: str, tmp_path: Path) -> None:
+    model = calibrated(build("mixtral"))
+    kept = export(model, tmp_path / "moe", format=format).kept
+    assert "no Linear layer" in kept["model.layers.0.block_sparse_moe.gate"]
+    assert check_report(tmp_path / "moe").problems == []
+    settings = json.loads((tmp_path / "moe" / "config.json").read_text())["quantization_config"]
+    ignored = settings["ignored_layers" if format == "fp8" else "ignore"]
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in ignored
+    assert not any("embed" in name or "norm" in name for name in ignored)
 
 
 def test_transposed_layers_stay_in_high_precision_and_are_listed(tmp_path: Path) -> None:
