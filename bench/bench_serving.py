@@ -28,7 +28,7 @@ from fp8kernels.export.calibrate import calibrate
 from fp8kernels.nn.inference import InferenceLinear
 from fp8kernels.serving import load
 
-from .case import ANY, MEMORY, SPEED, Case, device_of
+from .case import ANY, MEMORY, SPEED, Case, device_of, noted
 from .measure import Samples, synchronize
 
 PROMPT = 512  # tokens
@@ -196,7 +196,8 @@ def decode(
     return Case(
         "serving", f"token at batch 1, head {head or 'bf16'}, cache {kv_cache or 'bf16'}", fmt, backend, str(size),
         "transformers in bf16", lambda: generated(ours, ids, **static), lambda: generated(theirs, ids, **static),
-        lambda: check_pair(ours, theirs, ids, head), kernels_of(backend), unit=SPEED, device=device, clock=samples,
+        lambda: check_pair(ours, theirs, ids, head), kernels_of(backend, ours, ids), unit=SPEED, device=device,
+        clock=samples,
         extra={"parameters": sum(p.numel() for p in theirs.parameters()), "head": head, "kv_cache": kv_cache},
     )  # fmt: skip
 
@@ -217,7 +218,7 @@ def prefill(
     return Case(
         "serving", f"prompt of {ids.shape[1]} tokens, head {head or 'bf16'}", fmt, backend, str(size),
         "transformers in bf16", lambda: run(ours), lambda: run(theirs), lambda: check_pair(ours, theirs, ids, head),
-        kernels_of(backend), unit=SPEED, device=device, extra={"head": head},
+        kernels_of(backend, ours, ids), unit=SPEED, device=device, extra={"head": head},
     )  # fmt: skip
 
 
@@ -266,7 +267,7 @@ def memory(
     what = {"tensors": "parameters, buffers and cache", "growth": "growth of the process"}[counted]
     return Case(
         "serving", f"{what}, head {head or 'bf16'}, cache {kv_cache or 'bf16'}", fmt, backend, str(size),
-        "transformers in bf16", both, both, check, kernels_of(backend), unit=MEMORY, clock=samples,
+        "transformers in bf16", both, both, check, KERNELS, unit=MEMORY, clock=samples,
         extra={"ours": asdict(both()[0]), "baseline": asdict(both()[1]), "head": head, "kv_cache": kv_cache},
     )  # fmt: skip
 
@@ -327,8 +328,13 @@ def needed(device: str) -> str:
     return device
 
 
-def kernels_of(backend: str) -> tuple[str, ...]:
-    return () if backend == ANY else KERNELS
+def kernels_of(backend: str, model: Any, ids: Tensor) -> tuple[str, ...]:
+    """The kernels that a row answers for: the CPU's, or those that the table chooses for a prompt."""
+    if backend != ANY:
+        return KERNELS
+    with noted() as kernels, torch.inference_mode():
+        model(ids, use_cache=False)
+    return tuple(sorted(kernels))
 
 
 def test_decode(fmt: str, backend: str, race: Callable[[Case], None]) -> None:

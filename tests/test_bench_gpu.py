@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_gemm, bench_host, cuda_time, device, goals, gpu, ledger, pay, run, shapes, vendor
+from bench import bench_gemm, bench_host, bench_serving, cuda_time, device, goals, gpu, ledger, pay, run, shapes, vendor
 from bench.case import text
 from bench.check import assert_between, assert_product, assert_same, ternary, ternary_product
 from fp8kernels.formats import E4M3, HIF8
@@ -345,6 +345,8 @@ def test_what_a_gpu_measures_is_right_at_a_small_shape_here(goal: goals.Survey) 
         arguments["shape"] = SMALL[goal.shapes.split("/")[0]]
     if goal.measure == "bench_linear:versus_bf16":
         arguments["total"] = 1 << 20
+    if goal.measure.startswith("bench_serving:"):
+        arguments |= {"size": bench_serving.TINY, "device": "cpu"}
     made = run.Job(first.goal, "cpu", first.measure, arguments).case()
     made.check()
     made.ours()

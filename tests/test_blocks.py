@@ -184,8 +184,9 @@ def test_export_and_back(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model(x)
     fp8kernels.commit(model)
     wanted = model.eval()(x)
-    manifest = export(model, tmp_path / "model", dtype=torch.float32)
-    assert set(manifest.layers) == converted(Model())
+    report = export(model, tmp_path / "model", dtype=torch.float32)
+    assert report.manifest is not None
+    assert set(report.manifest.layers) == converted(Model())
     assert torch.equal(load_into(Model(), tmp_path / "model")(x), wanted)
 
 
