@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def load(
         calibrated = asked is not None and get_format(fmt).name == asked  # scales are those of one format
         use_eight_bit_cache(loaded, fmt, scales=cache_scales(settings["kv_cache"]) if calibrated else None)
     give_dense_rows(loaded)
+    _give_back_memory()
     return loaded.eval().requires_grad_(False)
 
 
@@ -80,6 +82,18 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; export with tokenizer=…")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _give_back_memory() -> None:
+    """Let the system have what loading freed: glibc keeps holes between tensors that stay, a quarter of a 1B model.
+
+    Elsewhere nothing happens.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
