@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fp8kernels.export.layout import CODES, INPUT_SCALE, SCALE
 
 FOLDER = Path(__file__).parent / "recorded"
 Behaviours = Mapping[str, Mapping[str, Callable[..., Any]]]  # by "module:Class", then by method
@@ -91,6 +93,37 @@ def call(layer: nn.Module, owner: type, method: str, called: str, values: dict[s
         raise AssertionError(f"{owner.__name__}.{method} calls {called} with {positional} and {keywords}, not {names}")
     first = [values[name] for name in names if name not in keywords]
     return getattr(layer.quant_method, called)(*first, **{name: values[name] for name in keywords})
+
+
+def load_vocab(self: Any, param: Any, tensor: Tensor) -> None:
+    """The loader of an embedding or head without ranks: rows beyond the checkpoint's are 0."""
+    if getattr(param, "output_dim", None) is None:
+        copy_into(param.data, tensor)
+        return
+    assert tensor.shape[param.output_dim] == self.org_vocab_size
+    copy_into(param.data[: tensor.shape[0]], tensor)
+    param.data[tensor.shape[0] :].fill_(0)
+
+
+def copy_into(data: Tensor, tensor: Tensor) -> None:
+    """As both servers do: shapes are equal, or nothing is copied."""
+    assert data.shape == tensor.shape, f"{tuple(data.shape)} takes no {tuple(tensor.shape)}"
+    data.copy_(tensor)
+
+
+def fill(layer: Any, tensors: dict[str, Tensor], parent: str, parts: dict[str, Any]) -> Any:
+    """Hand over a checkpoint's tensors as the servers' models do, then let the method process them."""
+    for name, part in parts.items():
+        for key in (CODES, SCALE, INPUT_SCALE):
+            parameter = getattr(layer, key)
+            parameter.weight_loader(parameter, tensors[f"{parent}.{name}.{key}"], *(() if part is None else (part,)))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The same normal numbers for the same shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def _class(name: str, entry: dict[str, Any], made: dict[str, Any], behaviours: Mapping[str, Any]) -> type:

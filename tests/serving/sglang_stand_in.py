@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fake_server
 import torch
+from serving import fake_server
 from torch import Tensor, nn
 
 PATH = "sglang.srt.layers"
@@ -67,7 +67,10 @@ def _behaviours() -> dict[str, dict[str, Any]]:
         f"{PATH}.linear:MergedColumnParallelLinear": {"__init__": _merged, "weight_loader": _load_part},
         f"{PATH}.linear:QKVParallelLinear": {"__init__": _qkv, "weight_loader": _load_part},
         f"{PATH}.linear:RowParallelLinear": {"__init__": _row, "weight_loader": _load_rows_cut},
-        f"{PATH}.vocab_parallel_embedding:VocabParallelEmbedding": {"__init__": _vocab, "weight_loader": _load_vocab},
+        f"{PATH}.vocab_parallel_embedding:VocabParallelEmbedding": {
+            "__init__": _vocab,
+            "weight_loader": fake_server.load_vocab,
+        },
         f"{PATH}.vocab_parallel_embedding:ParallelLMHead": {"__init__": _head},
     }
 
@@ -157,7 +160,7 @@ def _plain_weights(self: Any, layer: Any, in_local: int, out_local: list[int], *
 
 
 def _load_whole(self: Any, param: Any, tensor: Tensor) -> None:
-    _copy(param.data, tensor)
+    fake_server.copy_into(param.data, tensor)
 
 
 def _load_part(self: Any, param: Any, tensor: Tensor, part: Any) -> None:
@@ -175,7 +178,7 @@ def _load_part(self: Any, param: Any, tensor: Tensor, part: Any) -> None:
     elif getattr(param, "needs_scalar_to_array", False):
         assert tensor.shape[0] == 1
         data, tensor = data[number], tensor[0]
-    _copy(data, tensor)
+    fake_server.copy_into(data, tensor)
 
 
 def _load_rows_cut(self: Any, param: Any, tensor: Tensor) -> None:
@@ -183,18 +186,4 @@ def _load_rows_cut(self: Any, param: Any, tensor: Tensor) -> None:
     if dim is not None:
         size = param.data.shape[dim]
         tensor = tensor.narrow(dim, PARALLEL.tp_rank * size, size)
-    _copy(param.data, tensor)
-
-
-def _load_vocab(self: Any, param: Any, tensor: Tensor) -> None:
-    if getattr(param, "output_dim", None) is None:
-        _copy(param.data, tensor)
-        return
-    assert tensor.shape[param.output_dim] == self.org_vocab_size
-    _copy(param.data[: tensor.shape[0]], tensor)
-    param.data[tensor.shape[0] :].fill_(0)
-
-
-def _copy(data: Tensor, tensor: Tensor) -> None:
-    assert data.shape == tensor.shape, f"{tuple(data.shape)} takes no {tuple(tensor.shape)}"
-    data.copy_(tensor)
+    fake_server.copy_into(param.data, tensor)

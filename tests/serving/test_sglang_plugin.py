@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from serving import common
+from serving.fake_server import fill, numbers
 
 from fp8kernels.export import export
 from fp8kernels.export.config import quantization_config
@@ -22,8 +23,6 @@ from fp8kernels.formats import FORMATS
 from fp8kernels.nn.inference import InferenceLinear
 from fp8kernels.nn.inference_joined import JoinedLinear
 from fp8kernels.serving import load
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 LAYER = "model.layers.0"
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -37,8 +36,7 @@ KEYS = ("weight_codes", "weight_scale", "input_scale")
 def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of SGLang that a test speaks to, on one rank."""
     if importlib.util.find_spec("sglang") is None:
-        import fake_server
-        import sglang_stand_in
+        from serving import fake_server, sglang_stand_in
 
         fake_server.install(sglang_stand_in.modules(), monkeypatch)
     for name in ("fp8kernels.integrations.sglang.quantization",):
@@ -117,16 +115,6 @@ def row(config: Any, name: str, inputs: int, outputs: int) -> Any:
     )
 
 
-def fill(layer: Any, tensors: dict[str, torch.Tensor], parent: str, parts: dict[str, Any]) -> Any:
-    """Hand over a checkpoint's tensors as SGLang's models do, then let the method process them."""
-    for name, part in parts.items():
-        for key in KEYS:
-            parameter = getattr(layer, key)
-            parameter.weight_loader(parameter, tensors[f"{parent}.{name}.{key}"], *(() if part is None else (part,)))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
 def served(model: Any, name: str) -> InferenceLinear:
     """A layer of serving, on its own: not the product that it may be part of."""
     found = model.get_submodule(name)
@@ -134,10 +122,6 @@ def served(model: Any, name: str) -> InferenceLinear:
     if isinstance(found, JoinedLinear):
         found.joined.dissolve()
     return found
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def test_the_plug_in_is_found_and_may_be_called_again(sglang: Any) -> None:

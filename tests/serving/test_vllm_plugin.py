@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from serving import common
+from serving.fake_server import fill, numbers
 
 from fp8kernels.export import export
 from fp8kernels.export.config import quantization_config
@@ -23,8 +24,6 @@ from fp8kernels.export.layout import LayerEntry
 from fp8kernels.formats import FORMATS
 from fp8kernels.nn.inference import InferenceLinear
 from fp8kernels.serving import load
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 CONFIG = "fp8kernels.integrations.vllm.config"
 LAYER = "model.layers.0"
@@ -43,8 +42,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """vLLM's linear layers, on one rank."""
     monkeypatch.delitem(sys.modules, CONFIG, raising=False)
     if importlib.util.find_spec("vllm") is None:
-        import fake_server
-        import vllm_stand_in
+        from serving import fake_server, vllm_stand_in
 
         fake_server.install(vllm_stand_in.modules(), monkeypatch)
         yield importlib.import_module("vllm.model_executor.layers.linear")
@@ -137,24 +135,10 @@ def row(found: Any, name: str, inputs: int) -> Any:
     return RowParallelLinear(inputs, HIDDEN, bias=False, quant_config=found, prefix=f"{LAYER}.{name}")
 
 
-def fill(layer: Any, tensors: dict[str, torch.Tensor], parent: str, parts: dict[str, Any]) -> Any:
-    """Hand over a checkpoint's tensors as vLLM's models do, then let the method process them."""
-    for name, part in parts.items():
-        for key in KEYS:
-            parameter = getattr(layer, key)
-            parameter.weight_loader(parameter, tensors[f"{parent}.{name}.{key}"], *(() if part is None else (part,)))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
 def served(model: Any, name: str) -> InferenceLinear:
     found = model.get_submodule(name)
     assert isinstance(found, InferenceLinear), f"{name} is {type(found).__name__}"
     return found
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def test_vllm_finds_the_plug_in_by_its_entry_point(vllm: Any) -> None:
